@@ -1,0 +1,1 @@
+"""Kernels usable without sfjax."""

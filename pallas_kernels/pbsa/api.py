@@ -1,0 +1,104 @@
+"""The public call: checks arguments, picks an implementation, falls back where one does not support the shapes."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.pbsa.lists import BLOCK, TILE
+from pallas_kernels.pbsa.reference import pbsa_xla
+
+IMPLEMENTATIONS = ("xla",)
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def _check(q, k, v, ids, counts, prefix_k, kv_valid, layer):
+  if q.ndim != 4:
+    raise ValueError(f"q: shape {q.shape}; want [B,T,N,H]")
+  b, t, n, h = q.shape
+  want = "[L,B,S,N,H] with layer" if layer is not None else "[B,S,N,H]"
+  if k.ndim != (4 if layer is None else 5):
+    raise ValueError(f"k: shape {k.shape}; want {want}")
+  if k.shape[-4] != b or k.shape[-2:] != (n, h):
+    raise ValueError(f"k: shape {k.shape} does not fit q {q.shape}; want {want}")
+  if v.shape != k.shape:
+    raise ValueError(f"v: shape {v.shape}; want k's shape {k.shape}")
+  if t % TILE:
+    raise ValueError(f"q: T = {t} rows; want a multiple of {TILE}")
+  if k.shape[-3] % BLOCK:
+    raise ValueError(f"k: S = {k.shape[-3]} slots; want a multiple of {BLOCK}")
+  if q.dtype not in _DTYPES:
+    raise ValueError(f"q: dtype {q.dtype}; want float32, bfloat16 or float16")
+  for name, x in (("k", k), ("v", v), ("prefix_k", prefix_k)):
+    if x is not None and x.dtype != q.dtype:
+      raise ValueError(f"{name}: dtype {x.dtype}; want q's dtype {q.dtype}")
+  if prefix_k is not None and (
+    prefix_k.ndim != 4 or prefix_k.shape[0] != b or prefix_k.shape[1] % BLOCK or prefix_k.shape[2:] != (n, h)
+  ):
+    raise ValueError(f"prefix_k: shape {prefix_k.shape}; want [B,{BLOCK} x blocks,N,H] = [{b},..,{n},{h}]")
+  if ids.ndim != 4 or ids.shape[:3] != (b, n, t // TILE):
+    raise ValueError(f"block_ids: shape {ids.shape}; want [B,N,Q,Kmax] = [{b},{n},{t // TILE},Kmax]")
+  if counts.shape != ids.shape[:3]:
+    raise ValueError(f"block_counts: shape {counts.shape}; want [B,N,Q] = {ids.shape[:3]}")
+  for name, x in (("block_ids", ids), ("block_counts", counts)):
+    if x.dtype != jnp.int32:
+      raise ValueError(f"{name}: dtype {x.dtype}; want int32")
+  if not 1 <= kv_valid <= BLOCK:
+    raise ValueError(f"kv_valid: {kv_valid}; want 1..{BLOCK}")
+
+
+def pbsa(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "*L B S N H"],
+  v: Float[Array, "*L B S N H"],
+  block_ids: Int32[Array, "B N Q Kmax"],
+  block_counts: Int32[Array, "B N Q"],
+  *,
+  prefix_blocks: int | Int32[Array, ""] = 0,
+  prefix_k: Float[Array, "B P N H"] | None = None,
+  kv_valid: int = BLOCK,
+  layer: Int32[Array, ""] | None = None,
+  scale: float | None = None,
+  kv_grad_range: tuple[int, int] | None = None,
+  return_lse: bool = False,
+  implementation: str | None = None,
+):
+  """Persistent block-sparse attention (Sparse Forcing): dense over P, block-sparse over the window.
+
+  Args:
+    q: queries; T = 128 Q rows, one tile of 128 rows per entry of the lists.
+    k, v: key and value slots, 64 to a block; or one array stacked over layers, with `layer` choosing.
+    block_ids: blocks a tile reads besides the prefix, ascending and unique in the first `block_counts` entries.
+    block_counts: how many entries of each list count; the rest are ignored.
+    prefix_blocks: blocks 0..prefix_blocks-1 are read by every tile and are not listed.
+    prefix_k: keys used for the prefix instead of k's own.
+    kv_valid: slots of every block that hold a token; the others are never read.
+    scale: multiplies the logits; 1/sqrt(H) by default.
+    kv_grad_range: first and last block (inclusive) that receive dk and dv; the others get zero.
+    return_lse: also return the log of the softmax denominator.
+    implementation: "xla", or None for the best that supports the arguments.
+
+  Returns:
+    out [B,T,N,H] in q's dtype, and lse float32 [B,N,T] (natural log) if asked. A tile that reads nothing gives zeros
+    and -inf. Differentiable in q, k, v and prefix_k, also through lse.
+
+  Raises:
+    ValueError: a wrong shape or dtype, naming the argument. NotImplementedError: the implementation cannot do this.
+  """
+  _check(q, k, v, block_ids, block_counts, prefix_k, kv_valid, layer)
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
+  if layer is not None:
+    k, v = (_forward_only(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)) for x in (k, v))
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  out, lse = pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, scale, kv_grad_range)
+  return (out, lse) if return_lse else out
+
+
+@jax.custom_jvp
+def _forward_only(x):
+  return x
+
+
+@_forward_only.defjvp
+def _forward_only_jvp(primals, tangents):
+  raise NotImplementedError("layer: the stacked form is forward only; differentiate one layer's [B,S,N,H] arrays")

@@ -1,0 +1,1 @@
+"""Sparse Forcing: real-time autoregressive video diffusion in JAX."""
