@@ -1,7 +1,7 @@
 """The "xla" implementation: online softmax over chunks of gathered key blocks, differentiable by JAX itself.
 
 Letters: B batch, T query rows, S key slots, N heads, H head dim, Q query tiles, R rows of a tile (128), K listed
-blocks, G blocks per step, J slots of a block (64).
+blocks, G blocks per step, J valid slots of a block.
 """
 
 import functools
@@ -42,8 +42,8 @@ def pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid
   blocks = k.shape[1] // BLOCK
   tiles, kmax = t // TILE, block_ids.shape[-1]
 
-  def to_blocks(x):  # [B,S,N,H] -> [B,N,K,J,H]
-    return x.reshape(b, -1, BLOCK, n, h).transpose(0, 3, 1, 2, 4)
+  def to_blocks(x):  # [B,S,N,H] -> [B,N,K,J,H]: only slots that hold a token
+    return x.reshape(b, -1, BLOCK, n, h)[:, :, :kv_valid].transpose(0, 3, 1, 2, 4)
 
   kb, vb = to_blocks(k), to_blocks(v)
   if kv_grad_range is not None:
@@ -51,7 +51,6 @@ def pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid
     inside = (ids >= kv_grad_range[0]) & (ids <= kv_grad_range[1])
     kb = jnp.where(inside, kb, jax.lax.stop_gradient(kb))
     vb = jnp.where(inside, vb, jax.lax.stop_gradient(vb))
-  slot_ok = jnp.arange(BLOCK) < kv_valid
   qt = q.reshape(b, tiles, TILE, n, h).transpose(0, 3, 1, 2, 4)
   carry = (
     jnp.zeros((b, n, tiles, TILE, h), jnp.float32),
@@ -67,7 +66,7 @@ def pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid
     bound = min(bound, prefix_blocks)
   for first in range(0, bound, _STEP_BLOCKS):
     size = min(_STEP_BLOCKS, bound - first)
-    ok = (((first + jnp.arange(size)) < prefix_blocks)[:, None] & slot_ok).reshape(-1)
+    ok = jnp.repeat((first + jnp.arange(size)) < prefix_blocks, kv_valid)
     read = functools.partial(
       lambda c, a, x, y, ok: step(c, a, x, y, ok),
       ok=ok,
@@ -84,7 +83,7 @@ def pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid
 
   def listed(carry, xs):
     ids, ok = xs  # [B,N,Q,G]
-    ok = (ok[..., None] & slot_ok).reshape(b, n, tiles, -1)
+    ok = jnp.repeat(ok, kv_valid, -1)
     kk = jnp.where(ok[..., None], gather(kb, ids).reshape(b, n, tiles, -1, h), 0)
     vv = jnp.where(ok[..., None], gather(vb, ids).reshape(b, n, tiles, -1, h), 0)
     return _accumulate(carry, qt, kk, vv, ok[:, :, :, None, :], scale), None

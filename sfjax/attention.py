@@ -1,0 +1,204 @@
+"""Self-attention over the sparse memory, in its two forms: chunk by chunk over the cache, and all chunks at once in training.
+
+Both return a function for `DiT.__call__`'s `attend`. The parallel form scans over chunks on pooled vectors to find every
+chunk's P and lists, then one `pbsa` call attends for all chunks of the clean and the noisy stream together.
+
+Letters: B batch, G chunks side by side, n chunks of a clip, T tokens, N heads, H head dim, Q query tiles, C persistent blocks.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.pbsa import BLOCK, pbsa
+from sfjax import memory as kv
+from sfjax.model import ModelConfig
+from sfjax.rope import turn_forward
+from sfjax.routing import (
+  MemoryConfig,
+  capped_turn,
+  importance,
+  pool_keys,
+  pool_queries,
+  route_window,
+  select_persistent,
+)
+
+
+def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool):
+  """Attends from one chunk to the memory (a `KVMemory`, begun for that chunk, as layer input).
+
+  A denoising step changes nothing and returns aux None; the commit pass returns a `Commit`.
+  """
+  layout = model.layout
+
+  def attend(block, m: kv.KVMemory, q, k, v):
+    q, k, v = (layout.pack(x[:, 0]) for x in (q, k, v))
+    m = kv.write_chunk(model, cfg, m, k, v)
+    q_pooled = pool_queries(q, layout)
+    ids, counts = kv.route(model, cfg, m, q_pooled)
+    out = pbsa(
+      q, m.k, m.v, ids, counts,
+      prefix_blocks=cfg.persistent_count(layout, m.chunk) if cfg.persistent else 0,
+      prefix_k=kv.persistent_keys(model, cfg, m),
+      kv_valid=layout.valid,
+    )  # fmt: skip
+    aux = None
+    if commit:
+      nb = layout.blocks
+      own = jax.lax.dynamic_slice_in_dim(m.pooled, cfg.persistent + (m.chunk % cfg.window) * nb, nb, 1)
+      aux = kv.Commit(k, v, own, kv.resident_scores(model, cfg, m, block.log_importance, q_pooled))
+    return layout.unpack(out)[:, None], aux
+
+  return attend
+
+
+class Parallel(NamedTuple):
+  """What the parallel form found in a layer.
+
+  Attributes:
+    persistent: origins of each chunk's P, [B,n,N,C], -1 where empty.
+    ids, counts: the pbsa lists of all rows, clean chunks first.
+    importance_loss: mean squared error of the learned importance head; 0 unless it is in use.
+  """
+
+  persistent: Int32[Array, "*L B n N C"]
+  ids: Int32[Array, "*L B N Q K"]
+  counts: Int32[Array, "*L B N Q"]
+  importance_loss: Float[Array, "*L"]
+
+
+def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int):
+  """Attends for a whole clip under teacher forcing. G = 2 chunks: the clean stream, then the noisy one.
+
+  Noisy chunk t reads what a rollout reads: P_t, the clean window before t, and itself. The layer input is the layer's rng.
+  """
+  layout, n, nb, c = model.layout, chunks, model.layout.blocks, cfg.persistent
+  turning = c > 0 and cfg.rope_cap is not None and (n - 1) * model.chunk_frames > cfg.rope_cap
+
+  def attend(block, rng, q, k, v):
+    b, _, _, heads, dim = q.shape
+    q, k, v = (layout.pack(x) for x in (q, k, v))  # [B,2n,Sc,N,H]
+    q_pooled, k_pooled = pool_queries(q, layout), pool_keys(k, layout)
+    plan = _plan(model, cfg, n, block.log_importance, q_pooled, k_pooled, rng, segments=turning)
+    flat = lambda x: x.reshape(b, -1, heads, dim)
+    keys, values = flat(k), flat(v)
+    if turning:  # each chunk's P as its own segment: its keys turn by the chunk's own ages
+      delta = capped_turn(cfg, (jnp.arange(n)[:, None, None] - plan.persistent // nb) * model.chunk_frames)  # [B,n,N,C]
+      source = jnp.maximum(plan.persistent, 0).transpose(0, 1, 3, 2).reshape(b, n * c, 1, heads, 1)
+      gather = lambda x: jnp.take_along_axis(x.reshape(b, -1, BLOCK, heads, dim), source, 1).reshape(b, -1, heads, dim)
+      delta = jnp.repeat(delta.transpose(0, 1, 3, 2).reshape(b, n * c, heads), BLOCK, 1)
+      keys = jnp.concatenate([keys, turn_forward(gather(keys), delta)], 1)
+      values = jnp.concatenate([values, gather(values)], 1)
+    out = pbsa(flat(q), keys, values, plan.ids, plan.counts, kv_valid=layout.valid)
+    out = layout.unpack(out.reshape(b, 2 * n, layout.slots, heads, dim))
+    loss = jnp.zeros(())
+    if cfg.importance == "learned":
+      loss = importance_loss(model, cfg, n, block.log_importance, q_pooled[:, n:], k_pooled[:, :n])
+    return out, plan._replace(importance_loss=loss)
+
+  return attend
+
+
+def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segments: bool) -> Parallel:
+  """Every chunk's P and lists from pooled vectors [B,2n,Q|nb,N,H]: the cached rollout's decisions, replayed."""
+  layout, nb, c, w = model.layout, model.layout.blocks, cfg.persistent, cfg.window
+  b, _, _, heads, dim = k_pooled.shape
+  clean, noisy = k_pooled[:, :n], k_pooled[:, n:]
+  total = n * nb
+  # Blocks by origin, with the chunks before the first one (invalid) in front and one empty block behind.
+  history = jnp.pad(clean.reshape(b, total, heads, dim), ((0, 0), ((w - 1) * nb, 1), (0, 0), (0, 0)))
+  key = jax.random.wrap_key_data(rng, impl="threefry2x32")
+  tile_ok = jnp.arange(nb) < layout.full_blocks
+  big = (2 * n * nb) + n * c
+
+  def step(carry, t):
+    persistent, p_score, score = carry  # [B,N,C] origins, their scores; window scores [B,N,W nb], oldest chunk first
+    if c:
+      evicted = jnp.where(tile_ok & (t >= w), (t - w) * nb + jnp.arange(nb), -1)
+      origin = jnp.concatenate([persistent, jnp.broadcast_to(evicted, (b, heads, nb))], -1)
+      candidate = jnp.concatenate([p_score, score[..., :nb]], -1)
+      index = select_persistent(cfg, layout, candidate, origin)
+      kept, index = index < c + nb, jnp.minimum(index, c + nb - 1)
+      take = lambda x: jnp.where(kept, jnp.take_along_axis(x, index, -1), -1)
+      persistent, p_score = take(origin), take(candidate)
+    score = jnp.roll(score, -nb, -1)
+    window = jax.lax.dynamic_slice_in_dim(history, t * nb, w * nb, 1)
+    position = (t - w + 1) * nb + jnp.arange(w * nb)  # origin of each window position
+    valid = (position >= 0) & jnp.tile(tile_ok, w)
+    own = jax.lax.dynamic_index_in_dim(noisy, t, 1, keepdims=False)
+    noisy_window = jnp.concatenate([window[:, : (w - 1) * nb], own], 1)
+    q_clean, q_noisy = (jax.lax.dynamic_index_in_dim(q_pooled, i, 1, keepdims=False) for i in (t, n + t))
+
+    # Lists over the key array [clean | noisy | P segments].
+    noisy_position = jnp.where(jnp.arange(w * nb) >= (w - 1) * nb, position + total, position)
+    lists = []
+    for queries, keys, where in ((q_clean, window, position), (q_noisy, noisy_window, noisy_position)):
+      index, counts = route_window(cfg, layout, queries, keys, valid, t)
+      ids = jnp.append(where, big)[index]
+      if c:
+        p_ids = 2 * total + t * c + jnp.arange(c) if segments else persistent
+        p_ids = jnp.where(persistent >= 0, p_ids, big)[:, :, None]
+        ids = jnp.concatenate([jnp.broadcast_to(p_ids, (*ids.shape[:3], c)), ids], -1)
+        counts = counts + cfg.persistent_count(layout, t)
+      lists.append((jnp.sort(ids, -1).astype(jnp.int32), counts))
+
+    # The commit pass: new scores of the residents.
+    resident, ok = window, jnp.broadcast_to(valid, (b, heads, w * nb))
+    if c:
+      p_pooled = jnp.take_along_axis(
+        history,
+        jnp.where(persistent >= 0, persistent + (w - 1) * nb, history.shape[1] - 1).transpose(0, 2, 1)[..., None],
+        1,
+      )
+      if cfg.rope_cap is not None:
+        p_pooled = turn_forward(
+          p_pooled, capped_turn(cfg, (t - persistent // nb) * model.chunk_frames).transpose(0, 2, 1)
+        )
+      resident = jnp.concatenate([p_pooled, window], 1)
+      ok = jnp.concatenate([persistent >= 0, ok], -1)
+    new = importance(
+      cfg, layout, head, q_clean, resident, ok, jnp.concatenate([p_score, score], -1), jnp.asarray(t, jnp.int32), key
+    )
+    return (persistent, new[..., :c], new[..., c:]), (persistent, lists)
+
+  start = (
+    jnp.full((b, heads, c), -1, jnp.int32),
+    jnp.zeros((b, heads, c), jnp.float32),
+    jnp.zeros((b, heads, w * nb), jnp.float32),
+  )
+  _, (persistent, lists) = jax.lax.scan(step, start, jnp.arange(n))
+  # [n,B,N,Q,...] of both streams -> rows in the order of q: clean chunks, then noisy ones.
+  rows = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, heads, -1, *x.shape[4:])
+  ids, counts = (jnp.concatenate([rows(lists[0][i]), rows(lists[1][i])], 2) for i in (0, 1))
+  return jax.lax.stop_gradient(Parallel(jnp.moveaxis(persistent, 0, 1), ids, counts, jnp.zeros(())))
+
+
+def importance_loss(model, cfg: MemoryConfig, n: int, head, q_noisy, k_clean) -> Float[Array, ""]:
+  """Squared error of the head's log importance against the largest attention a block gets later.
+
+  The target is log(y + 1e-3), y the largest dense pooled attention from noisy queries at least W chunks after the block's own
+  (sparse_forcing, learned importance). Both q_noisy [B,n,Q,N,H] and k_clean [B,n,nb,N,H] are constants here.
+  """
+  layout, nb = model.layout, model.layout.blocks
+  b, _, tiles, heads, dim = q_noisy.shape
+  if n <= cfg.window:
+    return jnp.zeros(())
+  k = k_clean.reshape(b, n * nb, heads, dim)
+  chunk_of_key = jnp.repeat(jnp.arange(n), nb)
+  real = jnp.tile(jnp.arange(nb) < layout.full_blocks, n)
+
+  def later(best, xs):
+    t, q = xs
+    s = jnp.einsum("bqnh,brnh->bnqr", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+    a = jax.nn.softmax(jnp.where(real & (chunk_of_key < t), s, -1e30), -1).max(2)
+    return jnp.maximum(best, jnp.where(chunk_of_key + cfg.window <= t, a, 0)), None
+
+  best, _ = jax.lax.scan(
+    later, jnp.zeros((b, heads, n * nb), jnp.float32), (jnp.arange(1, n), jnp.moveaxis(q_noisy[:, 1:], 1, 0))
+  )
+  target = jax.lax.stop_gradient(jnp.log(best + 1e-3))
+  weight = (real & (chunk_of_key < n - cfg.window)).astype(jnp.float32)
+  return (weight * (head(k) - target) ** 2).sum() / (weight.sum() * b * heads)

@@ -1,0 +1,129 @@
+"""The flow between data and noise: x_sigma = (1 - sigma) x0 + sigma noise, sigma in [0, 1], timestep = 1000 sigma.
+
+Everything that knows what the network's output means lives here: training loss, sampling steps, schedules.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sfjax.model import ModelConfig
+
+TIMESTEPS = 1000.0
+_MIN_SIGMA = 0.05  # an x0-predicting network's velocity is (x - x0) / sigma: bounded near sigma = 0
+SAMPLERS = ("euler", "few_step")
+
+
+def shift_sigma(sigma, shift: float):
+  """Moves mass towards noise: s sigma / (1 + (s - 1) sigma)."""
+  return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+  """How a chunk is denoised.
+
+  Attributes:
+    kind: "euler", steps along the flow; "few_step", each step predicts x0 and re-noises it (self_forcing section 3.3).
+    steps: network evaluations per chunk, the commit pass apart.
+    shift: timestep shift of the schedule.
+    guidance: classifier-free guidance weight; 1 runs the conditional branch alone.
+  """
+
+  kind: str = "euler"
+  steps: int = 20
+  shift: float = 5.0
+  guidance: float = 1.0
+
+  def __post_init__(self):
+    for name, ok, want in (
+      ("kind", self.kind in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+      ("steps", self.steps >= 1, "at least 1"),
+      ("shift", self.shift > 0, "a positive number"),
+      ("guidance", self.guidance >= 0, "0 or more"),
+    ):
+      if not ok:
+        raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
+
+  @property
+  def sigmas(self) -> np.ndarray:
+    """Noise levels visited, from 1 down to 0, [steps + 1]."""
+    return shift_sigma(np.linspace(1.0, 0.0, self.steps + 1), self.shift).astype(np.float32)
+
+
+def _expand(sigma: Float[Array, "*B"], x: Float[Array, "*B h w C"]):
+  return sigma[..., None, None, None]
+
+
+def add_noise(x0: Float[Array, "*B h w C"], noise: Float[Array, "*B h w C"], sigma: Float[Array, "*B"]):
+  """x_sigma of every latent frame."""
+  s = _expand(sigma, x0)
+  return (1 - s) * x0 + s * noise
+
+
+def to_x0(model: ModelConfig, out: Float[Array, "*B h w C"], x: Float[Array, "*B h w C"], sigma: Float[Array, "*B"]):
+  """The clean latents that a network output stands for."""
+  return out if model.prediction == "x0" else x - _expand(sigma, x) * out
+
+
+def to_velocity(model: ModelConfig, out, x, sigma):
+  """noise - x0, the direction in which sigma grows."""
+  return out if model.prediction == "flow" else (x - out) / jnp.maximum(_expand(sigma, x), _MIN_SIGMA)
+
+
+def flow_loss(
+  model: ModelConfig,
+  out: Float[Array, "*B h w C"],
+  x: Float[Array, "*B h w C"],
+  x0: Float[Array, "*B h w C"],
+  noise: Float[Array, "*B h w C"],
+  sigma: Float[Array, "*B"],
+) -> Float[Array, "*B"]:
+  """Mean squared velocity error of every latent frame."""
+  if model.prediction == "x0":  # the same error, with sigma bounded from below
+    error = (out - x0) / jnp.maximum(_expand(sigma, x), _MIN_SIGMA)
+  else:
+    error = out - (noise - x0)
+  return (error.astype(jnp.float32) ** 2).mean((-3, -2, -1))
+
+
+def denoise(model: ModelConfig, sampler: SamplerConfig, predict, noise, key: Array, known=None, known_frames=None):
+  """Denoises one chunk.
+
+  Args:
+    predict: (x [B,F,h,w,C], sigma [B,F]) -> network output, guidance included.
+    noise: the starting noise [B,F,h,w,C]. key: a key for each row [B], for re-noising.
+    known: clean latents of conditioning frames; known_frames: bool [F], which of them are given. Known frames are held at
+      sigma 0 throughout.
+
+  Returns:
+    Clean latents [B,F,h,w,C].
+  """
+  sigmas = jnp.asarray(sampler.sigmas)
+  frames = noise.shape[:2]
+
+  def clamp(x):
+    return x if known is None else jnp.where(known_frames[:, None, None, None], known, x)
+
+  def level(sigma):
+    s = jnp.full(frames, sigma)
+    return s if known is None else jnp.where(known_frames, 0.0, s)
+
+  def euler(x, i):
+    now, after = sigmas[i], sigmas[i + 1]
+    x = clamp(x)
+    v = to_velocity(model, predict(x, level(now)), x, jnp.full(frames, now))
+    return x + (after - now) * v, None
+
+  def few_step(x, i):
+    now, after = sigmas[i], sigmas[i + 1]
+    x = clamp(x)
+    x0 = to_x0(model, predict(x, level(now)), x, jnp.full(frames, now))
+    fresh = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i + 1), x.shape[1:], x.dtype))(key)
+    return add_noise(x0, fresh, jnp.full(frames, after)), None
+
+  x, _ = jax.lax.scan(euler if sampler.kind == "euler" else few_step, noise, jnp.arange(sampler.steps))
+  return clamp(x)

@@ -1,0 +1,192 @@
+"""The memory: one functional pytree of persistent blocks and a ring of recent chunks, the same for sampling and training.
+
+A layer holds C persistent blocks, then the window's W chunks (chunk t in ring slot t mod W). Every leaf leads with the layer
+axis; the functions below take one layer's slice, so `jax.vmap` or a scan over layers applies them. A snapshot is the pytree.
+
+Letters: L layers, B batch, N heads, H head dim, S slots, K = S / 64 blocks, R = K resident blocks, M text rows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.pbsa import BLOCK
+from sfjax.model import ModelConfig
+from sfjax.rope import turn_forward
+from sfjax.routing import MemoryConfig, capped_turn, importance, pool_keys, route_window, select_persistent
+
+
+@struct.dataclass
+class KVMemory:
+  """Keys, values and bookkeeping of every layer.
+
+  Attributes:
+    k, v: slots, persistent blocks first; keys are stored rotated at their own frame.
+    pooled: mean key per block, bfloat16. score: importance. origin: chunk * nb + tile a block came from, -1 when empty.
+    chunk: the chunk to be generated next (or being generated). rng: key data for "random" importance.
+    cross_k, cross_v: keys and values of the prompt.
+  """
+
+  k: Float[Array, "*L B S N H"]
+  v: Float[Array, "*L B S N H"]
+  pooled: Float[Array, "*L B K N H"]
+  score: Float[Array, "*L B N K"]
+  origin: Int32[Array, "*L B N K"]
+  chunk: Int32[Array, "*L"]
+  rng: Array
+  cross_k: Float[Array, "*L B M N H"]
+  cross_v: Float[Array, "*L B M N H"]
+
+
+class Commit(NamedTuple):
+  """What a layer's clean pass hands to `commit_chunk`."""
+
+  k: Float[Array, "*L B Sc N H"]
+  v: Float[Array, "*L B Sc N H"]
+  pooled: Float[Array, "*L B nb N H"]
+  score: Float[Array, "*L B N R"]
+
+
+def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Array], seed: int = 0) -> KVMemory:
+  """An empty memory for the batch of prompts whose cross-attention K/V [L,B,M,N,H] are given."""
+  layers, batch = text_kv[0].shape[:2]
+  blocks = cfg.resident_blocks(model.layout)
+  slots = jnp.zeros((layers, batch, blocks * BLOCK, model.heads, model.head_dim), jnp.dtype(model.dtype))
+  rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"), layers)
+  return KVMemory(
+    k=slots,
+    v=slots,
+    pooled=jnp.zeros((layers, batch, blocks, model.heads, model.head_dim), jnp.bfloat16),
+    score=jnp.zeros((layers, batch, model.heads, blocks), jnp.float32),
+    origin=jnp.full((layers, batch, model.heads, blocks), -1, jnp.int32),
+    chunk=jnp.zeros((layers,), jnp.int32),
+    rng=jax.random.key_data(rng),
+    cross_k=text_kv[0],
+    cross_v=text_kv[1],
+  )
+
+
+def memory_bytes(model: ModelConfig, cfg: MemoryConfig, batch: int = 1) -> dict[str, int]:
+  """Exact sizes, in bytes: "kv" is slots and pooled keys; "cross" the prompt's K/V; "bookkeeping" the rest."""
+  blocks = cfg.resident_blocks(model.layout)
+  width = model.layers * batch * model.heads * model.head_dim
+  size = jnp.dtype(model.dtype).itemsize
+  return {
+    "kv": 2 * width * blocks * BLOCK * size + width * blocks * 2,
+    "cross": 2 * width * model.text_len * size,
+    "bookkeeping": model.layers * (batch * model.heads * blocks * 8 + 4 + 8),
+  }
+
+
+def _ring_block(model: ModelConfig, cfg: MemoryConfig, chunk) -> Array:
+  """First block of a chunk's ring slot."""
+  return cfg.persistent + (chunk % cfg.window) * model.layout.blocks
+
+
+def _resident(model: ModelConfig, cfg: MemoryConfig, chunk) -> Int32[Array, "R"]:
+  """Blocks in the order of the resident view: P, then the window's chunks, oldest first."""
+  first = _ring_block(model, cfg, chunk + 1 + jnp.arange(cfg.window))
+  window = first[:, None] + jnp.arange(model.layout.blocks)
+  return jnp.concatenate([jnp.arange(cfg.persistent), window.reshape(-1)])
+
+
+def _own_origin(model: ModelConfig, chunk) -> Int32[Array, "nb"]:
+  tile = jnp.arange(model.layout.blocks)
+  return jnp.where(tile < model.layout.full_blocks, chunk * model.layout.blocks + tile, -1)
+
+
+def begin_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> KVMemory:
+  """Evicts the oldest chunk of a full window, updates P, and gives its ring slot to the chunk that begins. One layer."""
+  nb, c = model.layout.blocks, cfg.persistent
+  first = _ring_block(model, cfg, m.chunk)
+  if c:
+    candidates = jnp.concatenate([jnp.arange(c), first + jnp.arange(nb)])
+    origin = m.origin[:, :, candidates]
+    index = select_persistent(cfg, model.layout, m.score[:, :, candidates], origin)
+    kept = index < c + nb
+    index = jnp.minimum(index, c + nb - 1)
+    by_head = lambda x: jnp.where(kept, jnp.take_along_axis(x[:, :, candidates], index, -1), -1)
+    origin, score = by_head(m.origin), by_head(m.score)
+
+    def by_block(x, width):  # [B,K*width,N,H]: every head gathers its own blocks
+      x = x.reshape(x.shape[0], -1, width, *x.shape[2:])
+      at, keep = (a.transpose(0, 2, 1)[:, :, None, :, None] for a in (index, kept))
+      moved = jnp.where(keep, jnp.take_along_axis(x[:, candidates], at, 1), 0)
+      return x.at[:, :c].set(moved).reshape(x.shape[0], -1, *x.shape[3:])
+
+    m = m.replace(
+      k=by_block(m.k, BLOCK),
+      v=by_block(m.v, BLOCK),
+      pooled=by_block(m.pooled, 1),
+      score=m.score.at[:, :, :c].set(score),
+      origin=m.origin.at[:, :, :c].set(origin),
+    )
+  own = jnp.broadcast_to(_own_origin(model, m.chunk), (*m.origin.shape[:2], nb))
+  return m.replace(origin=jax.lax.dynamic_update_slice_in_dim(m.origin, own, first, 2))
+
+
+def write_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, k, v) -> KVMemory:
+  """Puts the current chunk's k and v (slots, [B,Sc,N,H]) and pooled keys into its ring slot. One layer."""
+  first = _ring_block(model, cfg, m.chunk)
+  put = lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, 1)
+  return m.replace(
+    k=put(m.k, k, first * BLOCK),
+    v=put(m.v, v, first * BLOCK),
+    pooled=put(m.pooled, pool_keys(k, model.layout), first),
+  )
+
+
+def route(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, q_pooled: Float[Array, "B Q N H"]):
+  """Lists for `pbsa` of the current chunk: (block ids int32 [B,N,Q,Kmax], counts int32 [B,N,Q]). One layer."""
+  window = _resident(model, cfg, m.chunk)[cfg.persistent :]
+  valid = m.origin[0, 0, window] >= 0
+  position, counts = route_window(cfg, model.layout, q_pooled, m.pooled[:, window], valid, m.chunk)
+  ids = jnp.append(window, m.origin.shape[-1])[position]
+  return jnp.sort(ids, -1).astype(jnp.int32), counts
+
+
+def persistent_keys(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> Float[Array, "B CS N H"] | None:
+  """P's keys turned so that no block looks older than rope_cap; None if there is no cap. One layer."""
+  if cfg.rope_cap is None or not cfg.persistent:
+    return None
+  c = cfg.persistent
+  delta = jnp.repeat(_turn(model, cfg, m), BLOCK, -1).transpose(0, 2, 1)
+  return turn_forward(m.k[:, : c * BLOCK], delta)
+
+
+def _turn(model, cfg, m) -> Int32[Array, "B N C"]:
+  chunk = m.origin[:, :, : cfg.persistent] // model.layout.blocks
+  return capped_turn(cfg, (m.chunk - chunk) * model.chunk_frames)
+
+
+def resident_scores(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, head, q_pooled) -> Float[Array, "B N R"]:
+  """New importance of the resident blocks, in resident order, for a memory that holds the chunk's clean keys. One layer."""
+  order = _resident(model, cfg, m.chunk)
+  pooled = m.pooled[:, order]
+  if cfg.rope_cap is not None and cfg.persistent:
+    turned = turn_forward(pooled[:, : cfg.persistent], _turn(model, cfg, m).transpose(0, 2, 1))
+    pooled = jnp.concatenate([turned, pooled[:, cfg.persistent :]], 1)
+  valid: Bool[Array, "B N R"] = m.origin[:, :, order] >= 0
+  rng = jax.random.wrap_key_data(m.rng, impl="threefry2x32")
+  return importance(cfg, model.layout, head, q_pooled, pooled, valid, m.score[:, :, order], m.chunk, rng)
+
+
+def commit_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, update: Commit) -> KVMemory:
+  """Writes the chunk's final K/V, pooled keys and everyone's new scores, and moves on to the next chunk. One layer."""
+  order = _resident(model, cfg, m.chunk)
+  m = write_chunk(model, cfg, m, update.k, update.v)
+  return m.replace(score=m.score.at[:, :, order].set(update.score), chunk=m.chunk + 1)
+
+
+def per_layer(fn, model: ModelConfig, cfg: MemoryConfig, m: KVMemory, *args) -> KVMemory:
+  """Applies a one-layer function to all layers at once."""
+  return jax.vmap(lambda *a: fn(model, cfg, *a))(m, *args)
+
+
+def stored_blocks(cfg: MemoryConfig, m: KVMemory) -> np.ndarray:
+  """Origins (chunk * nb + tile) of P as a host array [L,B,N,C], -1 where empty; for analysis."""
+  return np.asarray(m.origin[..., : cfg.persistent])

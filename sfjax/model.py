@@ -1,0 +1,300 @@
+"""The causal video DiT: exactly Wan2.1's architecture, written once for every size.
+
+Modules hold parameters only; memory goes in and comes out as an argument. A layer's attention is passed in as a function,
+so that the cached rollout and the parallel training form run the same block.
+
+Letters: B batch, G chunks side by side, F latent frames of a chunk, T tokens of a chunk in tile order, N heads, H head dim,
+D width, L layers, M text rows, E text width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sfjax.rope import phase, rope_angles, rotate
+from sfjax.tiles import BlockLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes and numerics of the DiT.
+
+  Attributes:
+    chunk_frames: latent frames denoised together. tile: tokens of a block, see `BlockLayout`.
+    latent_size: rows and columns of a latent frame (before the 2x2 patch).
+    prediction: what the network's output means, "flow" (Wan: noise - x0) or "x0".
+    importance_head: one linear map per layer and head on pooled keys (learned importance); absent from Wan's weights.
+    remat: "none", "full", or "dots" (keep matrix products).
+  """
+
+  dim: int
+  layers: int
+  heads: int
+  ffn_dim: int
+  text_dim: int
+  text_len: int
+  latent_channels: int
+  latent_size: tuple[int, int]
+  tile: tuple[int, int, int]
+  chunk_frames: int = 3
+  freq_dim: int = 256
+  patch: tuple[int, int] = (2, 2)
+  eps: float = 1e-6
+  prediction: str = "flow"
+  importance_head: bool = False
+  dtype: str = "bfloat16"
+  param_dtype: str = "float32"
+  remat: str = "none"
+
+  @property
+  def head_dim(self) -> int:
+    return self.dim // self.heads
+
+  @property
+  def layout(self) -> BlockLayout:
+    (h, w), (ph, pw) = self.latent_size, self.patch
+    if h % ph or w % pw:
+      raise ValueError(f"latent_size: {self.latent_size} is not a multiple of the patch {self.patch}")
+    return BlockLayout((self.chunk_frames, h // ph, w // pw), self.tile)
+
+  @classmethod
+  def digits(cls, **kw) -> "ModelConfig":
+    """3.9M parameters: 64x64 pixels as 32x32x48 latents, 16x16 tokens a frame."""
+    defaults = dict(
+      dim=192, layers=6, heads=3, ffn_dim=768, text_dim=64, text_len=16, latent_channels=48, latent_size=(32, 32),
+      tile=(3, 4, 4), prediction="x0", importance_head=True,
+    )  # fmt: skip
+    return cls(**{**defaults, **kw})
+
+  @classmethod
+  def wan_1_3b(cls, **kw) -> "ModelConfig":
+    """Wan2.1-T2V-1.3B at 832x480."""
+    defaults = dict(
+      dim=1536, layers=30, heads=12, ffn_dim=8960, text_dim=4096, text_len=512, latent_channels=16,
+      latent_size=(60, 104), tile=(3, 5, 4),
+    )  # fmt: skip
+    return cls(**{**defaults, **kw})
+
+  @classmethod
+  def wan_14b(cls, **kw) -> "ModelConfig":
+    """Wan2.1-T2V-14B at 832x480."""
+    return cls.wan_1_3b(**{**dict(dim=5120, layers=40, heads=40, ffn_dim=13824), **kw})
+
+
+_xavier = nnx.initializers.xavier_uniform()
+_small = nnx.initializers.normal(0.02)
+
+
+class Linear(nnx.Module):
+  """y = x W + b in the compute dtype."""
+
+  def __init__(self, cfg: ModelConfig, d_in: int, d_out: int, rngs: nnx.Rngs, init=_xavier):
+    self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), jnp.dtype(cfg.param_dtype)))
+    self.bias = nnx.Param(jnp.zeros((d_out,), jnp.dtype(cfg.param_dtype)))
+
+  def __call__(self, x):
+    return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+def layer_norm(x, eps: float):
+  """Non-affine LayerNorm with float32 statistics; x's dtype returns."""
+  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  y = y - y.mean(-1, keepdims=True)
+  return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rms_norm(x, weight, eps: float):
+  """RMSNorm over the full width, float32 inside, cast back before the weight (Wan's qk norm)."""
+  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  y = (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+  return y * weight.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """Projections shared by self- and cross-attention: q, k, v, o with bias, RMSNorm on the whole q and k vectors."""
+
+  def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    self.cfg = cfg
+    self.q, self.k, self.v, self.o = (Linear(cfg, cfg.dim, cfg.dim, rngs) for _ in range(4))
+    self.norm_q, self.norm_k = (nnx.Param(jnp.ones((cfg.dim,), jnp.dtype(cfg.param_dtype))) for _ in range(2))
+
+  def _heads(self, x):
+    return x.reshape(*x.shape[:-1], self.cfg.heads, self.cfg.head_dim)
+
+  def query(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T N H"]:
+    return self._heads(rms_norm(self.q(x), self.norm_q[...], self.cfg.eps))
+
+  def key_value(self, x: Float[Array, "*B T D"]):
+    return self._heads(rms_norm(self.k(x), self.norm_k[...], self.cfg.eps)), self._heads(self.v(x))
+
+  def out(self, x: Float[Array, "*B T N H"]) -> Float[Array, "*B T D"]:
+    return self.o(x.reshape(*x.shape[:-2], self.cfg.dim))
+
+
+class Block(nnx.Module):
+  """One layer: self-attention, text cross-attention, feed-forward (self_forcing section 1.3)."""
+
+  def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    self.cfg = cfg
+    dtype = jnp.dtype(cfg.param_dtype)
+    self.self_attn = Attention(cfg, rngs)
+    self.cross_attn = Attention(cfg, rngs)
+    self.norm3_scale = nnx.Param(jnp.ones((cfg.dim,), dtype))
+    self.norm3_bias = nnx.Param(jnp.zeros((cfg.dim,), dtype))
+    self.ffn_in = Linear(cfg, cfg.dim, cfg.ffn_dim, rngs)
+    self.ffn_out = Linear(cfg, cfg.ffn_dim, cfg.dim, rngs)
+    self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, cfg.dim), dtype) * cfg.dim**-0.5)
+    if cfg.importance_head:
+      self.importance_kernel = nnx.Param(jnp.zeros((cfg.heads, cfg.head_dim), jnp.float32))
+      self.importance_bias = nnx.Param(jnp.zeros((cfg.heads,), jnp.float32))
+
+  def log_importance(self, k_pooled: Float[Array, "B K N H"]) -> Float[Array, "B N K"]:
+    """Predicted log of the largest attention a block will get later; pooled keys are constants to it."""
+    k = jax.lax.stop_gradient(k_pooled).astype(jnp.float32)
+    y = jnp.einsum("bknh,nh->bnk", k, self.importance_kernel[...], precision="highest")
+    return y + self.importance_bias[...][:, None]
+
+  def __call__(self, x, e0, angles, text_kv, attend):
+    """x [B,G,T,D]; e0 [B,G,F,6,D]; angles [G,T,H/2]; text_kv (k, v) [B,M,N,H]; attend(q, k, v) -> (out, aux)."""
+    cfg, layout = self.cfg, self.cfg.layout
+    m = [layout.frame_values(a) for a in jnp.moveaxis(self.modulation[...].astype(x.dtype) + e0, -2, 0)]
+
+    def modulate(y, shift, scale):
+      return (layout.per_frame(y) * (1 + scale) + shift).reshape(y.shape)
+
+    def gated(y, gate):
+      return (layout.per_frame(y) * gate).reshape(y.shape)
+
+    h = modulate(layer_norm(x, cfg.eps), m[0], m[1])
+    k, v = self.self_attn.key_value(h)
+    q = rotate(self.self_attn.query(h), angles)
+    out, aux = attend(self, q, rotate(k, angles), v)
+    x = x + gated(self.self_attn.out(out), m[2])
+
+    h = layer_norm(x, cfg.eps) * self.norm3_scale[...].astype(x.dtype) + self.norm3_bias[...].astype(x.dtype)
+    q = self.cross_attn.query(h)
+    flat = q.reshape(q.shape[0], -1, *q.shape[-2:])
+    out = jax.nn.dot_product_attention(flat, *text_kv).reshape(q.shape)
+    x = x + self.cross_attn.out(out)
+
+    h = modulate(layer_norm(x, cfg.eps), m[3], m[4])
+    h = self.ffn_out(jax.nn.gelu(self.ffn_in(h), approximate=True))
+    return x + gated(h, m[5]), aux
+
+
+class DiT(nnx.Module):
+  """Patches in, patches out, `layers` blocks between, stacked on a leading axis and scanned."""
+
+  def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    self.cfg = cfg
+    patch_dim = cfg.latent_channels * cfg.patch[0] * cfg.patch[1]
+    self.patch_embedding = Linear(cfg, patch_dim, cfg.dim, rngs)
+    self.text_in = Linear(cfg, cfg.text_dim, cfg.dim, rngs, _small)
+    self.text_out = Linear(cfg, cfg.dim, cfg.dim, rngs, _small)
+    self.time_in = Linear(cfg, cfg.freq_dim, cfg.dim, rngs, _small)
+    self.time_out = Linear(cfg, cfg.dim, cfg.dim, rngs, _small)
+    self.time_projection = Linear(cfg, cfg.dim, 6 * cfg.dim, rngs)
+    self.blocks = nnx.vmap(lambda r: Block(cfg, r), transform_metadata={nnx.PARTITION_NAME: None})(
+      rngs.split(cfg.layers)
+    )
+    self.head_modulation = nnx.Param(
+      jax.random.normal(rngs.params(), (2, cfg.dim), jnp.dtype(cfg.param_dtype)) * cfg.dim**-0.5
+    )
+    self.head = Linear(cfg, cfg.dim, patch_dim, rngs, nnx.initializers.zeros)
+
+  def text_kv(self, text: Float[Array, "B M E"]):
+    """Cross-attention keys and values of every layer, [L,B,M,N,H] twice; rows past the text are zeros, never masked."""
+    h = self.text_in(text.astype(jnp.dtype(self.cfg.dtype)))
+    h = self.text_out(jax.nn.gelu(h, approximate=True))
+    graph, stacked = nnx.split(self.blocks)
+    return jax.lax.map(lambda p: nnx.merge(graph, p).cross_attn.key_value(h), stacked)
+
+  def __call__(
+    self,
+    x: Float[Array, "B G F h w C"],
+    t: Float[Array, "B G F"],
+    chunk: Float[Array, "G"],
+    text_kv: tuple[Array, Array],
+    attend: Callable[..., tuple[Array, Any]],
+    layer_inputs: Any = None,
+  ):
+    """One pass over G chunks.
+
+    Args:
+      x: noisy or clean latents. t: timestep of every latent frame, 0..1000. chunk: index of each chunk in its video.
+      text_kv: from `text_kv`. attend: (block, layer_input, q, k, v [B,G,T,N,H]) -> (out, aux), called in each layer.
+      layer_inputs: a pytree with a leading layer axis, handed to `attend` layer by layer.
+
+    Returns:
+      The prediction [B,G,F,h,w,C] in float32, and aux stacked over layers.
+    """
+    cfg, layout = self.cfg, self.cfg.layout
+    dtype = jnp.dtype(cfg.dtype)
+    freqs = 10000.0 ** (-np.arange(cfg.freq_dim // 2) / (cfg.freq_dim // 2))
+    angle = phase(t, freqs)
+    e = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1).astype(dtype)
+    e = self.time_out(jax.nn.silu(self.time_in(e)))
+    e0 = self.time_projection(jax.nn.silu(e)).reshape(*e.shape[:-1], 6, cfg.dim)
+
+    f, row, col = layout.positions.T
+    frame = jnp.asarray(chunk)[:, None] * cfg.chunk_frames + f
+    angles = rope_angles(frame, row, col, cfg.head_dim)
+
+    h = self.patch_embedding(layout.to_tiles(patchify(x.astype(dtype), cfg.patch)))
+    graph, stacked = nnx.split(self.blocks)
+
+    def layer(h, inputs):
+      params, kv, extra = inputs
+      block = nnx.merge(graph, params)
+      return block(h, e0, angles, kv, lambda b, q, k, v: attend(b, extra, q, k, v))
+
+    h, aux = jax.lax.scan(_remat(layer, cfg.remat), h, (stacked, text_kv, layer_inputs))
+
+    shift, scale = (
+      layout.frame_values(a) for a in jnp.moveaxis(self.head_modulation[...].astype(dtype) + e[..., None, :], -2, 0)
+    )
+    h = (layout.per_frame(layer_norm(h, cfg.eps)) * (1 + scale) + shift).reshape(h.shape)
+    out = unpatchify(layout.from_tiles(self.head(h)), cfg.patch, x.shape)
+    return out.astype(jnp.promote_types(out.dtype, jnp.float32)), aux
+
+
+def _remat(fn, policy: str):
+  if policy == "none":
+    return fn
+  policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+  if policy not in policies:
+    raise ValueError(f"remat: {policy!r}; accepted are none, full, dots")
+  return jax.checkpoint(fn, policy=policies[policy])
+
+
+def patchify(x: Float[Array, "B G F h w C"], patch: tuple[int, int]) -> Float[Array, "B G tokens P"]:
+  """2x2 patches in raster order, channel slowest within a patch (a Conv3d kernel's order)."""
+  b, g, f, h, w, c = x.shape
+  ph, pw = patch
+  x = x.reshape(b, g, f, h // ph, ph, w // pw, pw, c).transpose(0, 1, 2, 3, 5, 7, 4, 6)
+  return x.reshape(b, g, -1, c * ph * pw)
+
+
+def unpatchify(x: Float[Array, "B G tokens P"], patch: tuple[int, int], shape) -> Float[Array, "B G F h w C"]:
+  """Inverse of patchify's geometry, but channel fastest within a patch, as Wan's head writes it."""
+  b, g, f, h, w, c = shape
+  ph, pw = patch
+  x = x.reshape(b, g, f, h // ph, w // pw, ph, pw, c).transpose(0, 1, 2, 3, 5, 4, 6, 7)
+  return x.reshape(shape)
+
+
+def init_dit(cfg: ModelConfig, seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
+  """Random weights (self_forcing section 1.6): (graphdef, params)."""
+  return nnx.split(DiT(cfg, nnx.Rngs(params=jax.random.key(seed, impl="rbg"))))
+
+
+def parameter_count(cfg: ModelConfig) -> int:
+  """Counted on shapes; no array is made."""
+  params = jax.eval_shape(lambda: init_dit(cfg)[1])
+  return sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params))

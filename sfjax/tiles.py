@@ -1,0 +1,106 @@
+"""Tiles: the one permutation that makes a spatiotemporal neighbourhood contiguous, so that sparsity works on blocks."""
+
+import dataclasses
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.pbsa import BLOCK
+
+
+def fitting_tiles(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+  """Tiles of at most 64 tokens that divide the grid, fullest first."""
+  divisors = [[d for d in range(1, n + 1) if n % d == 0] for n in grid]
+  tiles = [(f, h, w) for f in divisors[0] for h in divisors[1] for w in divisors[2] if f * h * w <= BLOCK]
+  return sorted(tiles, key=lambda t: (-math.prod(t), max(t[1:]) / min(t[1:]), t))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockLayout:
+  """How one chunk's tokens lie in blocks of 64 slots.
+
+  Attributes:
+    grid: tokens of a chunk along (frame, row, column).
+    tile: tokens of a block along the same axes; it divides the grid and holds at most 64.
+  """
+
+  grid: tuple[int, int, int]
+  tile: tuple[int, int, int]
+
+  def __post_init__(self):
+    if any(g % t for g, t in zip(self.grid, self.tile, strict=True)) or math.prod(self.tile) > BLOCK:
+      fits = ", ".join(map(str, fitting_tiles(self.grid)[:5]))
+      raise ValueError(
+        f"tile: {self.tile} does not divide the chunk's grid {self.grid} in at most {BLOCK} tokens; {fits} fit"
+      )
+
+  @property
+  def valid(self) -> int:
+    """Slots of a block that hold a token."""
+    return math.prod(self.tile)
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of a chunk."""
+    return math.prod(self.grid)
+
+  @property
+  def full_blocks(self) -> int:
+    """Blocks of a chunk that hold tokens."""
+    return self.tokens // self.valid
+
+  @property
+  def blocks(self) -> int:
+    """Blocks of a chunk; an odd number gets one empty block, so that two make a query tile."""
+    return self.full_blocks + self.full_blocks % 2
+
+  @property
+  def slots(self) -> int:
+    return self.blocks * BLOCK
+
+  @functools.cached_property
+  def order(self) -> np.ndarray:
+    """Raster index of each token in tile order."""
+    (f, h, w), (tf, th, tw) = self.grid, self.tile
+    raster = np.arange(self.tokens).reshape(f // tf, tf, h // th, th, w // tw, tw)
+    return raster.transpose(0, 2, 4, 1, 3, 5).reshape(-1)
+
+  @functools.cached_property
+  def positions(self) -> np.ndarray:
+    """(frame, row, column) of each token in tile order, [tokens, 3]."""
+    return np.stack(np.unravel_index(self.order, self.grid), -1)
+
+  def to_tiles(self, x: Float[Array, "*B tokens D"]) -> Float[Array, "*B tokens D"]:
+    """Raster order to tile order."""
+    return x[..., self.order, :]
+
+  def from_tiles(self, x: Float[Array, "*B tokens D"]) -> Float[Array, "*B tokens D"]:
+    """Tile order to raster order."""
+    return x[..., np.argsort(self.order), :]
+
+  def pack(self, x: Float[Array, "*B tokens N H"]) -> Float[Array, "*B slots N H"]:
+    """Tokens in tile order to slots; padding slots are zero."""
+    *b, _, n, h = x.shape
+    x = x.reshape(*b, self.full_blocks, self.valid, n, h)
+    pad = [(0, 0)] * len(b) + [(0, self.blocks - self.full_blocks), (0, BLOCK - self.valid), (0, 0), (0, 0)]
+    return jnp.pad(x, pad).reshape(*b, self.slots, n, h)
+
+  def unpack(self, x: Float[Array, "*B slots N H"]) -> Float[Array, "*B tokens N H"]:
+    """Slots back to tokens in tile order."""
+    *b, _, n, h = x.shape
+    x = x.reshape(*b, self.blocks, BLOCK, n, h)[..., : self.full_blocks, : self.valid, :, :]
+    return x.reshape(*b, self.tokens, n, h)
+
+  def per_frame(self, x: Float[Array, "*B tokens D"]) -> Float[Array, "*B a s f p D"]:
+    """A view in which axes a and f (the latent frame is a * tile[0] + f) broadcast against per-frame values."""
+    *b, _, d = x.shape
+    tf, th, tw = self.tile
+    return x.reshape(*b, self.grid[0] // tf, -1, tf, th * tw, d)
+
+  def frame_values(self, e: Float[Array, "*B F D"]) -> Float[Array, "*B a 1 f 1 D"]:
+    """Per-frame values shaped to broadcast against `per_frame`."""
+    *b, _, d = e.shape
+    return e.reshape(*b, -1, 1, self.tile[0], 1, d)

@@ -1,0 +1,123 @@
+"""The heart of the project: the cached rollout and one parallel forward pass decide and compute the same."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sfjax import memory as kv
+from sfjax import rollout
+from sfjax.attention import parallel_attention
+from sfjax.model import ModelConfig
+from sfjax.routing import MemoryConfig
+
+CHUNKS = 7
+CONFIGS = {
+  "dense": MemoryConfig(window=CHUNKS),
+  "window": MemoryConfig(window=2),
+  "window_sparse": MemoryConfig(window=3, top_k=0.4),
+  "sinks": MemoryConfig(window=2, persistent=4, sink_chunks=1),
+  "sparse_head": MemoryConfig(window=2, persistent=5, top_k=0.3),
+  "sparse_layer": MemoryConfig(window=2, persistent=5, top_k=0.3, sharing="layer"),
+  "decay": MemoryConfig(window=2, persistent=3, top_k=0.3, score_decay=0.5),
+  "learned": MemoryConfig(window=2, persistent=6, top_k=0.3, importance="learned"),
+  "learned_layer": MemoryConfig(window=3, persistent=5, top_k=0.3, importance="learned", sharing="layer"),
+  "random": MemoryConfig(window=2, persistent=4, top_k=0.5, importance="random"),
+  "rope_cap": MemoryConfig(window=2, persistent=5, top_k=0.3, rope_cap=7),
+  "rope_cap_idle": MemoryConfig(window=2, persistent=5, top_k=0.3, rope_cap=18),
+  "rope_cap_sinks_layer": MemoryConfig(window=2, persistent=6, sink_chunks=1, sharing="layer", rope_cap=4),
+  "window_one": MemoryConfig(window=1, persistent=5, top_k=0.5),
+}
+# An even number of blocks, full; an odd number of half-empty blocks: the padded one must never be read.
+SHAPES = {"even": dict(latent_size=(8, 8), tile=(3, 2, 4)), "odd": dict(latent_size=(4, 6), tile=(1, 2, 3))}
+
+
+def tiny(**kw):
+  defaults = dict(
+    dim=32, layers=3, heads=2, ffn_dim=48, text_dim=8, text_len=4, latent_channels=3, freq_dim=16,
+    importance_head=True, dtype="float32",
+  )  # fmt: skip
+  return ModelConfig(**{**defaults, **kw})
+
+
+def random_params(model, seed=0):
+  """Every weight random, so that no path is silent (fresh heads are zero)."""
+  params = rollout.init_params(model)
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda p: jnp.asarray(rng.normal(0, 1, p.shape) * (0.15 if p.ndim > 2 else 0.5) + (p.ndim == 1) * 0, p.dtype),
+    params,
+  )
+
+
+def cached_pass(model, cfg, params, text, clean, noisy, sigma):
+  """Chunk by chunk: a denoising pass on the noisy latents, then the commit of the clean ones."""
+
+  @jax.jit
+  def one(m, x, s, x0):
+    m = kv.per_layer(kv.begin_chunk, model, cfg, m)
+    out, _ = rollout._forward(model, cfg, params, m, x, s, commit=False)
+    return out, kv.commit_chunk and m, rollout.commit(model, cfg, params, m, x0)
+
+  m = rollout.start(model, cfg, params, text)
+  outs, persistent, values = [], [], []
+  for t in range(noisy.shape[1]):
+    out, begun, m = one(m, noisy[:, t], sigma[:, t], clean[:, t])
+    outs.append(out)
+    persistent.append(kv.stored_blocks(cfg, begun))
+    first = (cfg.persistent + (t % cfg.window) * model.layout.blocks) * 64
+    values.append(m.v[:, :, first : first + model.layout.slots])
+  return jnp.stack(outs, 1), np.stack(persistent, 2), jnp.stack(values, 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_rollout_equals_one_parallel_forward(name, shape):
+  model, cfg = tiny(**SHAPES[shape]), CONFIGS[name]
+  if shape == "odd" and name not in ("dense", "sparse_head", "learned_layer", "rope_cap"):
+    pytest.skip("one config of each kind is enough for the odd grid")
+  params = random_params(model)
+  rng = np.random.default_rng(1)
+  draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
+  b, frame = 2, (*model.latent_size, model.latent_channels)
+  clean, noisy = draw(b, CHUNKS, 3, *frame), draw(b, CHUNKS, 3, *frame)
+  sigma = jnp.asarray(rng.uniform(0, 1, (b, CHUNKS, 3)), jnp.float32)
+  text = draw(b, model.text_len, model.text_dim)
+
+  out_c, persistent_c, v_c = cached_pass(model, cfg, params, text, clean, noisy, sigma)
+
+  m = rollout.start(model, cfg, params, text)
+  chunk = jnp.tile(jnp.arange(CHUNKS), 2)
+  t = jnp.concatenate([jnp.zeros_like(sigma), sigma], 1) * 1000
+  attend = parallel_attention(model, cfg, CHUNKS)
+  out_p, plan = jax.jit(
+    lambda x: rollout.apply(model, params, x, t, chunk, (m.cross_k, m.cross_v), attend, m.rng)
+  )(jnp.concatenate([clean, noisy], 1))  # fmt: skip
+
+  np.testing.assert_array_equal(np.moveaxis(persistent_c, 2, 2), np.moveaxis(np.asarray(plan.persistent), 2, 2))
+  scale = float(jnp.abs(out_p[:, CHUNKS:]).max())
+  np.testing.assert_allclose(out_c, out_p[:, CHUNKS:], atol=2e-5 * scale, rtol=0)
+  del v_c
+  kept = persistent_c[persistent_c >= 0]
+  if cfg.persistent:
+    counts = (persistent_c[:, :, -1] >= 0).sum(-1)
+    want = cfg.persistent_count(model.layout, CHUNKS - 1)
+    assert (counts == want).all() and kept.size
+
+
+def test_rope_cap_acts_only_beyond_the_cap():
+  model = tiny(**SHAPES["even"])
+  params = random_params(model)
+  rng = np.random.default_rng(2)
+  x = jnp.asarray(rng.normal(size=(1, CHUNKS, 3, *model.latent_size, 3)), jnp.float32)
+  text = jnp.asarray(rng.normal(size=(1, 4, 8)), jnp.float32)
+  sigma = jnp.full((1, CHUNKS, 3), 0.5)
+  base = MemoryConfig(window=2, persistent=5, top_k=0.3)
+  outs = [
+    cached_pass(model, dataclasses.replace(base, rope_cap=r), params, text, x, x + 1, sigma)[0] for r in (None, 18, 4)
+  ]  # fmt: skip
+  np.testing.assert_array_equal(outs[0], outs[1])
+  np.testing.assert_array_equal(outs[0][:, :2], outs[2][:, :2])
+  assert float(jnp.abs(outs[0][:, -1] - outs[2][:, -1]).max()) > 1e-3
