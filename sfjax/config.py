@@ -1,0 +1,235 @@
+"""Configs: a locked ConfigDict from a python file, typed overrides from the command line, frozen dataclasses in the code."""
+
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import types
+import typing
+
+from ml_collections import ConfigDict
+
+from sfjax.errors import UserError
+from sfjax.flow import SamplerConfig
+from sfjax.model import ModelConfig
+from sfjax.routing import MemoryConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where clips come from.
+
+  Attributes:
+    source: "digits", or "folder" (a folder of video files with captions).
+    path: the folder. fps: frames per second of the clips (digits: 16).
+    colour_only, none: shares of captions without the class, and of empty ones; the rest names everything.
+  """
+
+  source: str = "digits"
+  path: str = ""
+  fps: float = 16.0
+  colour_only: float = 0.4
+  none: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A part of training with its own clips.
+
+  Attributes:
+    until: fraction of all steps at which the stage ends.
+    chunks, batch: clip length and clips per step.
+    dense: the whole clip is the window (no persistent blocks, no sparsity).
+    p_memory: share of clips in which a digit is hidden. hide: shortest and longest hiding time in chunks.
+  """
+
+  until: float
+  chunks: int
+  batch: int
+  dense: bool = False
+  p_memory: float = 0.0
+  hide: tuple[int, int] = (1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Optimisation. `steps` counts optimiser steps; stages are fractions of it."""
+
+  steps: int
+  stages: tuple[Stage, ...]
+  lr: float = 1e-3
+  warmup: int = 100
+  weight_decay: float = 0.01
+  clip: float = 1.0
+  ema: float = 0.999
+  accumulate: int = 1
+  seed: int = 0
+  shift: float = 5.0
+  context_noise: float = 0.3
+  p_context_noise: float = 0.5
+  p_known: float = 0.1
+  p_drop_prompt: float = 0.1
+  importance_weight: float = 0.1
+  log_every: int = 50
+  save_every: int = 500
+  keep_last: int = 2
+  keep_every: int = 0
+  threads: int = 4
+
+  def __post_init__(self):
+    if self.steps < 1:
+      raise ValueError(f"steps: {self.steps}; want at least 1")
+    ends = [s.until for s in self.stages]
+    if not ends or ends != sorted(ends) or ends[-1] != 1.0:
+      raise ValueError(f"stages: `until` is {ends}; want ascending fractions that end with 1.0")
+
+  def stage_at(self, step: int) -> int:
+    """Index of the stage that a step belongs to."""
+    return next(i for i, s in enumerate(self.stages) if step < round(s.until * self.steps) or s.until == 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One experiment."""
+
+  name: str
+  model: ModelConfig
+  memory: MemoryConfig
+  sampler: SamplerConfig
+  data: DataConfig
+  train: TrainConfig
+
+
+def to_config_dict(config) -> ConfigDict:
+  """A dataclass as a locked ConfigDict, ready for overrides."""
+  d = ConfigDict(to_dict(config), convert_dict=True)
+  return d.lock()
+
+
+def to_dict(config) -> dict:
+  """A dataclass as plain, JSON-able values."""
+  if dataclasses.is_dataclass(config):
+    return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+  return type(config)(to_dict(v) for v in config) if isinstance(config, tuple | list) else config
+
+
+def _suggest(key: str, keys) -> str:
+  near = difflib.get_close_matches(key, list(keys), 1)
+  return f"did you mean {near[0]}?" if near else f"accepted are {', '.join(sorted(keys))}"
+
+
+def load_config(spec: str) -> ConfigDict:
+  """`configs/digits.py:variant` -> its locked ConfigDict.
+
+  Raises:
+    UserError: no such file, no get_config in it, or a variant it does not know.
+  """
+  path, _, variant = spec.partition(":")
+  if not pathlib.Path(path).is_file():
+    raise UserError(f"--config: {path} is not a file; want a python file such as configs/digits.py")
+  module_spec = importlib.util.spec_from_file_location("sfjax_config", path)
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+  except (SyntaxError, UnicodeDecodeError) as e:
+    raise UserError(f"--config: {path} is not readable Python: {e}") from e
+  if not hasattr(module, "get_config"):
+    raise UserError(f"--config: {path} defines no get_config(arg)")
+  try:
+    return module.get_config(variant).lock()
+  except ValueError as e:
+    raise UserError(f"--config: {spec}: {e}") from e
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+  """Takes `--config.a.b=value` and `--config.a.b value` out of a command line."""
+  rest, found, i = [], {}, 0
+  while i < len(argv):
+    if argv[i].startswith("--config."):
+      key, eq, value = argv[i].removeprefix("--config.").partition("=")
+      if not eq:
+        i += 1
+        if i == len(argv):
+          raise UserError(f"--config.{key}: a value is missing")
+        value = argv[i]
+      found[key] = value
+    else:
+      rest.append(argv[i])
+    i += 1
+  return rest, found
+
+
+def _parse(key: str, text: str, old):
+  try:
+    if isinstance(old, bool):
+      return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+    if isinstance(old, tuple | list):
+      if old and isinstance(old[0], dict | ConfigDict):
+        raise UserError(f"--config.{key}: stages are set in the config file, not on the command line")
+      kind = type(old[0]) if old else str
+      return tuple(kind(v) for v in text.strip("()[] ").split(",") if v.strip())
+    if old is None:
+      return None if text.lower() == "none" else int(text)
+    if text.lower() == "none" and isinstance(old, int):
+      return None
+    return type(old)(text)
+  except (ValueError, KeyError) as e:
+    raise UserError(f"--config.{key}: {text!r} is not accepted; want {type(old).__name__}, now {old!r}") from e
+
+
+def apply_overrides(config: ConfigDict, overrides: dict[str, str]) -> ConfigDict:
+  """Sets keys, each parsed as the type it has now.
+
+  Raises:
+    UserError: an unknown key (with the nearest one), or a value of another type.
+  """
+  for key, text in overrides.items():
+    *path, leaf = key.split(".")
+    node = config
+    for part in [*path, leaf]:
+      if not isinstance(node, ConfigDict) or part not in node:
+        keys = node.keys() if isinstance(node, ConfigDict) else []
+        raise UserError(f"--config.{key}: no key {part!r}; {_suggest(part, keys)}")
+      parent, node = node, node[part]
+    with parent.ignore_type():
+      parent[leaf] = _parse(key, text, node)
+  return config
+
+
+def to_dataclass(cls, values, where: str = "config"):
+  """A ConfigDict or dict as a frozen dataclass, nested ones included.
+
+  Raises:
+    UserError: an unknown or missing key, or a value that the dataclass refuses.
+  """
+  hints = typing.get_type_hints(cls)
+  names = {f.name for f in dataclasses.fields(cls)}
+  kw = {}
+  for key, value in dict(values.items()).items():
+    if key not in names:
+      raise UserError(f"{where}.{key}: unknown key; {_suggest(key, names)}")
+    kw[key] = _convert(hints[key], value, f"{where}.{key}")
+  missing = [
+    f.name
+    for f in dataclasses.fields(cls)
+    if f.name not in kw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+  ]
+  if missing:
+    raise UserError(f"{where}: missing key {missing[0]!r}")
+  try:
+    return cls(**kw)
+  except ValueError as e:
+    raise UserError(f"{where}.{e}") from e
+
+
+def _convert(hint, value, where):
+  if dataclasses.is_dataclass(hint):
+    return to_dataclass(hint, value, where)
+  if typing.get_origin(hint) is tuple:
+    inner = typing.get_args(hint)[0]
+    return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
+  if isinstance(hint, types.UnionType):
+    return value
+  if hint is float and isinstance(value, int):
+    return float(value)
+  return value

@@ -1,0 +1,89 @@
+"""The loader: an endless stream of batches that depends on (seed, step) alone and can be saved at any step.
+
+Grain does the work: a seeded shuffle anew for every epoch, a slice for every host, threads that prepare batches ahead.
+The iterator's `get_state()` is a small dict of numbers, `set_state()` goes on from there bit for bit.
+"""
+
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from sfjax.data.digits import DigitsConfig, render, render_mixed
+
+
+class Source(Protocol):
+  """Anything with a length and random access to {"frames": uint8 [F, h, w, 3], "caption": str}."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict: ...
+
+
+class DigitsSource:
+  """Generated digits with random access, 2^31 - 1 clips long.
+
+  Args:
+    prompt: config of the clips.
+    memory: config of a share p_memory of them, if any.
+    seed: which stream of clips; the loader's seed only orders it.
+
+  Raises:
+    ValueError: as `render_mixed`, or p_memory without a memory config.
+  """
+
+  def __init__(self, prompt: DigitsConfig, memory: DigitsConfig | None = None, p_memory: float = 0.0, seed: int = 0):
+    if memory is None and p_memory:
+      raise ValueError(f"p_memory: {p_memory} is not accepted; 0 where memory is None")
+    self._configs, self._p_memory, self._seed = (prompt, memory), p_memory, seed
+    self[0]  # fails now, not in a thread, where the configs do not fit
+
+  def __len__(self) -> int:
+    return 2**31 - 1
+
+  def __getitem__(self, index: int) -> dict:
+    prompt, memory = self._configs
+    if memory is None:
+      clip = render(prompt, self._seed, index)
+    else:
+      clip = render_mixed(prompt, memory, self._p_memory, self._seed, index)
+    return {"frames": clip.frames, "caption": clip.caption}
+
+
+def _stack(examples) -> dict:
+  """frames uint8 [B, F, h, w, 3], caption list[str]."""
+  return {"frames": np.stack([e["frames"] for e in examples]), "caption": [e["caption"] for e in examples]}
+
+
+def make_loader(
+  source: Source,
+  batch_size: int,
+  seed: int,
+  *,
+  threads: int = 4,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> grain.DatasetIterator:
+  """Endless batches {"frames": uint8 [B, F, h, w, 3], "caption": list of B strings}.
+
+  Args:
+    source: clips; a finite one is shuffled anew in every epoch.
+    batch_size: clips of a batch of this process.
+    seed: order of the clips.
+    threads: batches prepared at once; as many wait ready. NumPy and video decoding free the interpreter.
+    process_index, process_count: this host takes every process_count-th clip, from process_index on.
+
+  Returns:
+    An iterator with get_state() and set_state(state).
+
+  Raises:
+    ValueError: an argument out of range.
+  """
+  for name, value in (("batch_size", batch_size), ("threads", threads)):
+    if value < 1:
+      raise ValueError(f"{name}: {value} is not accepted; at least 1")
+  if not 0 <= process_index < process_count:
+    raise ValueError(f"process_index: {process_index} is not accepted; 0..{process_count - 1}")
+  clips = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+  batches = clips[process_index::process_count].batch(batch_size, batch_fn=_stack)
+  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))

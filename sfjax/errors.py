@@ -1,0 +1,27 @@
+"""Errors that a user caused: one line on stderr and exit code 2, never a traceback."""
+
+import functools
+import sys
+
+
+class UserError(Exception):
+  """A bad flag, key, path or file; the message is one line that names it and says what is accepted."""
+
+
+def command(fn):
+  """Wraps a command's main: UserError and bad data end with one line and exit code 2, Ctrl-C with 130."""
+
+  @functools.wraps(fn)
+  def main(*args):
+    from sfjax.data.video_folder import DataError
+
+    try:
+      return fn(*args)
+    except (UserError, DataError) as e:
+      print("error: " + " ".join(str(e).split()), file=sys.stderr)
+      sys.exit(2)
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr)
+      sys.exit(130)
+
+  return main
