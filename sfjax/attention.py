@@ -70,10 +70,11 @@ class Parallel(NamedTuple):
   importance_loss: Float[Array, "*L"]
 
 
-def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int):
+def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later: int | None = None):
   """Attends for a whole clip under teacher forcing. G = 2 chunks: the clean stream, then the noisy one.
 
   Noisy chunk t reads what a rollout reads: P_t, the clean window before t, and itself. The layer input is the layer's rng.
+  `later`: reads at least so many chunks after a block's own teach the importance head (the window by default).
   """
   layout, n, nb, c = model.layout, chunks, model.layout.blocks, cfg.persistent
   turning = c > 0 and cfg.rope_cap is not None and (n - 1) * model.chunk_frames > cfg.rope_cap
@@ -96,7 +97,7 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int):
     out = layout.unpack(out.reshape(b, 2 * n, layout.slots, heads, dim))
     loss = jnp.zeros(())
     if cfg.importance == "learned":
-      loss = importance_loss(model, cfg, n, block.log_importance, q_pooled[:, n:], k_pooled[:, :n])
+      loss = importance_loss(model, later or cfg.window, n, block.log_importance, q_pooled[:, n:], k_pooled[:, :n])
     return out, plan._replace(importance_loss=loss)
 
   return attend
@@ -176,29 +177,29 @@ def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segme
   return jax.lax.stop_gradient(Parallel(jnp.moveaxis(persistent, 0, 1), ids, counts, jnp.zeros(())))
 
 
-def importance_loss(model, cfg: MemoryConfig, n: int, head, q_noisy, k_clean) -> Float[Array, ""]:
+def importance_loss(model, later: int, n: int, head, q_noisy, k_clean) -> Float[Array, ""]:
   """Squared error of the head's log importance against the largest attention a block gets later.
 
-  The target is log(y + 1e-3), y the largest dense pooled attention from noisy queries at least W chunks after the block's own
+  The target is log(y + 1e-3), y the largest dense pooled attention from noisy queries at least `later` chunks after the block's own
   (sparse_forcing, learned importance). Both q_noisy [B,n,Q,N,H] and k_clean [B,n,nb,N,H] are constants here.
   """
   layout, nb = model.layout, model.layout.blocks
   b, _, tiles, heads, dim = q_noisy.shape
-  if n <= cfg.window:
+  if n <= later:
     return jnp.zeros(())
   k = k_clean.reshape(b, n * nb, heads, dim)
   chunk_of_key = jnp.repeat(jnp.arange(n), nb)
   real = jnp.tile(jnp.arange(nb) < layout.full_blocks, n)
 
-  def later(best, xs):
+  def reads(best, xs):
     t, q = xs
     s = jnp.einsum("bqnh,brnh->bnqr", q, k, preferred_element_type=jnp.float32) * dim**-0.5
     a = jax.nn.softmax(jnp.where(real & (chunk_of_key < t), s, -1e30), -1).max(2)
-    return jnp.maximum(best, jnp.where(chunk_of_key + cfg.window <= t, a, 0)), None
+    return jnp.maximum(best, jnp.where(chunk_of_key + later <= t, a, 0)), None
 
   best, _ = jax.lax.scan(
-    later, jnp.zeros((b, heads, n * nb), jnp.float32), (jnp.arange(1, n), jnp.moveaxis(q_noisy[:, 1:], 1, 0))
+    reads, jnp.zeros((b, heads, n * nb), jnp.float32), (jnp.arange(1, n), jnp.moveaxis(q_noisy[:, 1:], 1, 0))
   )
   target = jax.lax.stop_gradient(jnp.log(best + 1e-3))
-  weight = (real & (chunk_of_key < n - cfg.window)).astype(jnp.float32)
+  weight = (real & (chunk_of_key < n - later)).astype(jnp.float32)
   return (weight * (head(k) - target) ** 2).sum() / (weight.sum() * b * heads)

@@ -53,7 +53,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """Optimisation. `steps` counts optimiser steps; stages are fractions of it."""
+  """Optimisation. `steps` counts optimiser steps; stages are fractions of it; `init` is a model folder to start from."""
 
   steps: int
   stages: tuple[Stage, ...]
@@ -64,6 +64,7 @@ class TrainConfig:
   ema: float = 0.999
   accumulate: int = 1
   seed: int = 0
+  init: str = ""
   shift: float = 5.0
   context_noise: float = 0.3
   p_context_noise: float = 0.5

@@ -19,9 +19,16 @@ from sfjax.routing import MemoryConfig
 
 
 @functools.cache
-def graphdef(model: ModelConfig):
-  """The DiT's structure without weights; `nnx.merge(graphdef(model), params)` is the module."""
-  return nnx.graphdef(nnx.eval_shape(lambda: DiT(model, nnx.Rngs(params=0))))
+def _abstract(model: ModelConfig):
+  """Structure and abstract weights of the DiT."""
+  return nnx.split(nnx.eval_shape(lambda: DiT(model, nnx.Rngs(params=0))))
+
+
+def _module(model: ModelConfig, params) -> DiT:
+  graph, state = _abstract(model)
+  state = jax.tree.map(lambda x: x, state)  # a fresh container: the cached one stays abstract
+  nnx.replace_by_pure_dict(state, params)
+  return nnx.merge(graph, state)
 
 
 def apply(model: ModelConfig, params, *args):
@@ -29,15 +36,9 @@ def apply(model: ModelConfig, params, *args):
   return _module(model, params)(*args)
 
 
-def _module(model: ModelConfig, params) -> DiT:
-  module = nnx.merge(graphdef(model), _state(model, params))
-  return module
-
-
-def _state(model: ModelConfig, params):
-  state = nnx.eval_shape(lambda: nnx.state(DiT(model, nnx.Rngs(params=0))))
-  nnx.replace_by_pure_dict(state, params)
-  return state
+def abstract_params(model: ModelConfig) -> dict:
+  """Shapes and dtypes of the parameters as a pure dict."""
+  return nnx.to_pure_dict(_abstract(model)[1])
 
 
 def init_params(model: ModelConfig, seed: int = 0) -> dict:

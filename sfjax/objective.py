@@ -1,0 +1,81 @@
+"""The objective: flow matching under teacher forcing, with the native memory switched on.
+
+One forward sees a clip twice: clean chunks, which write the memory, and noisy chunks, which read it as a rollout would.
+Letters: B clips, n chunks, F latent frames of a chunk, h, w, C a latent frame, M words.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from sfjax import rollout
+from sfjax.attention import parallel_attention
+from sfjax.config import Config, Stage
+from sfjax.flow import TIMESTEPS, add_noise, flow_loss, shift_sigma
+from sfjax.routing import MemoryConfig
+from sfjax.text import WordEncoder
+
+
+def stage_memory(memory: MemoryConfig, stage: Stage) -> MemoryConfig:
+  """The memory a stage trains with: the native one, or the whole clip as the window."""
+  if not stage.dense:
+    return memory
+  return dataclasses.replace(memory, window=stage.chunks, persistent=0, top_k=1.0, sink_chunks=0)
+
+
+def loss(
+  config: Config,
+  stage: Stage,
+  params: dict,
+  latents: Float[Array, "B T h w C"],
+  words: Int32[Array, "B M"],
+  key: Array,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+  """Mean velocity error of the noisy frames, and the importance head's auxiliary loss.
+
+  Args:
+    params: {"dit", "text"}. latents: T = n F clean latents. words: token ids of the captions.
+
+  Returns:
+    The loss, and its parts as metrics.
+  """
+  model, train, n = config.model, config.train, stage.chunks
+  memory = stage_memory(config.memory, stage)
+  b = latents.shape[0]
+  x0 = latents.reshape(b, n, model.chunk_frames, *latents.shape[2:])
+  keys = iter(jax.random.split(key, 8))
+  uniform = lambda *shape: jax.random.uniform(next(keys), shape)
+
+  sigma = jnp.broadcast_to(shift_sigma(uniform(b, n), train.shift)[..., None], x0.shape[:3])
+  first_known = jax.random.randint(next(keys), (b, n, 1), 1, model.chunk_frames)
+  known = (uniform(b, n, 1) < train.p_known) & (jnp.arange(model.chunk_frames) < first_known)
+  sigma = jnp.where(known, 0.0, sigma)
+  noise = jax.random.normal(next(keys), x0.shape)
+  noisy = add_noise(x0, noise, sigma)
+
+  # The clean half is noised half the time, so that the model survives its own errors; its timestep tells.
+  level = uniform(b, n) * train.context_noise * (uniform(b, 1) < train.p_context_noise)
+  level = jnp.broadcast_to(level[..., None], sigma.shape)
+  context = add_noise(x0, jax.random.normal(next(keys), x0.shape), level)
+
+  words = jnp.where(uniform(b, 1) < train.p_drop_prompt, 0, words)
+  text = WordEncoder(model.text_len, model.text_dim).encode(params["text"], words)
+  kv = rollout.text_kv(model, params["dit"], text)
+  rng = jax.vmap(jax.random.key_data)(jax.random.split(jax.random.fold_in(key, 1), model.layers))
+  out, plan = rollout.apply(
+    model,
+    params["dit"],
+    jnp.concatenate([context, noisy], 1),
+    jnp.concatenate([level, sigma], 1) * TIMESTEPS,
+    jnp.tile(jnp.arange(n), 2),
+    kv,
+    parallel_attention(model, memory, n, later=min(config.memory.window, n)),
+    rng,
+  )
+  frames = flow_loss(model, out[:, n:], noisy, x0, noise, sigma)
+  flow = jnp.where(known, 0.0, frames).sum() / jnp.maximum((~known).sum(), 1)
+  aux = plan.importance_loss.mean()
+  total = flow + train.importance_weight * aux
+  return total, {"loss": total, "flow": flow, "importance": aux}

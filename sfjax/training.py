@@ -1,0 +1,177 @@
+"""The training loop, read top to bottom: stages of clips, one jitted step, logs, checkpoints, resume by rerunning."""
+
+import functools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from sfjax import rollout
+from sfjax.checkpoint import Checkpoints, export, load_params
+from sfjax.codec import DigitsCodec
+from sfjax.config import Config, Stage, to_dict
+from sfjax.data.digits import DigitsConfig, frames_of_chunks
+from sfjax.data.loader import DigitsSource, make_loader
+from sfjax.data.video_folder import VideoFolder
+from sfjax.errors import UserError
+from sfjax.metrics import MetricWriter
+from sfjax.objective import loss
+from sfjax.runlog import make_folder, peak_memory, run_record, write_json_atomic
+from sfjax.text import WordEncoder
+
+_DATA_SEED = 1000  # clips of stage i come from stream 1000 * seed + i
+
+
+def abstract_model(config: Config) -> dict:
+  """Shapes of all trained parameters."""
+  text = jax.eval_shape(lambda: WordEncoder(config.model.text_len, config.model.text_dim).init(0))
+  return {"dit": rollout.abstract_params(config.model), "text": text}
+
+
+def init_model(config: Config) -> dict:
+  """Fresh parameters, or those of the folder `train.init`."""
+  if config.train.init:
+    return load_params(config.train.init, abstract_model(config))
+  seed = config.train.seed
+  encoder = WordEncoder(config.model.text_len, config.model.text_dim)
+  return {"dit": rollout.init_params(config.model, seed), "text": encoder.init(seed)}
+
+
+def clips(config: Config, stage: Stage):
+  """The stage's source of clips."""
+  data, frames = config.data, frames_of_chunks(stage.chunks)
+  if data.source == "folder":
+    size = tuple(n * DigitsCodec().space for n in config.model.latent_size)
+    return VideoFolder(data.path, size, data.fps, frames)
+  if data.source != "digits":
+    raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder")
+  mix = (1 - data.colour_only - data.none, data.colour_only, data.none)
+  prompt = DigitsConfig(chunks=stage.chunks, caption_mix=mix)
+  memory = None
+  if stage.p_memory:
+    memory = DigitsConfig(variant="memory", chunks=stage.chunks, hide_chunks=((1.0, *stage.hide),))
+  return DigitsSource(prompt, memory, stage.p_memory, config.train.seed)
+
+
+def optimizer(config: Config) -> optax.GradientTransformation:
+  """AdamW with warm-up, cosine decay and clipping; matrices alone decay."""
+  t = config.train
+  schedule = optax.warmup_cosine_decay_schedule(0.0, t.lr, min(t.warmup, t.steps - 1), t.steps, 0.05 * t.lr)
+  matrices = lambda p: jax.tree.map(lambda x: x.ndim >= 2, p)
+  tx = optax.chain(
+    optax.clip_by_global_norm(t.clip),
+    optax.adamw(schedule, b2=0.99, weight_decay=t.weight_decay, mask=matrices),
+  )
+  return tx if t.accumulate == 1 else optax.MultiSteps(tx, t.accumulate).gradient_transformation()
+
+
+def train_step(config: Config, stage: Stage, state: dict, frames, words) -> tuple[dict, dict]:
+  """One step: state {"step", "params", "ema", "opt"} and metrics."""
+  latents = DigitsCodec().encode(frames)
+  key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
+  grad = jax.value_and_grad(lambda p: loss(config, stage, p, latents, words, key), has_aux=True)
+  (_, metrics), grads = grad(state["params"])
+  updates, opt = optimizer(config).update(grads, state["opt"], state["params"])
+  params = optax.apply_updates(state["params"], updates)
+  decay = jnp.minimum(config.train.ema, (1.0 + state["step"]) / (10.0 + state["step"]))
+  ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state["ema"], params)
+  metrics["grad_norm"] = optax.global_norm(grads)
+  return {"step": state["step"] + 1, "params": params, "ema": ema, "opt": opt}, metrics
+
+
+def train(config: Config, workdir: str) -> pathlib.Path:
+  """Trains to the end, or from the newest checkpoint of `workdir` on; returns the exported model's folder.
+
+  Raises:
+    UserError: a folder that cannot be written, an unknown data source, a loss that is not finite.
+  """
+  t = config.train
+  workdir = make_folder(workdir, "--workdir")
+  sharding = NamedSharding(
+    jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data")
+  )
+  everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+  for stage in t.stages:
+    if stage.batch % jax.device_count():
+      raise UserError(f"config.train.stages: batch {stage.batch} does not divide over {jax.device_count()} devices")
+    clips(config, stage)
+  params = init_model(config)
+  state = {
+    "step": jnp.zeros((), jnp.int32),
+    "params": params,
+    "ema": jax.tree.map(jnp.copy, params),
+    "opt": optimizer(config).init(params),
+  }
+  state = jax.device_put(state, everywhere)
+  checkpoints = Checkpoints(workdir / "checkpoints", t.keep_last, t.keep_every)
+  loader_state = None
+  if checkpoints.latest() is not None:
+    try:
+      state, meta = checkpoints.restore(state)
+    except ValueError as e:
+      raise UserError(f"--workdir: {workdir} holds checkpoints of another config: {e}") from e
+    loader_state = meta["loader"]
+  step = int(state["step"])
+  encoder = WordEncoder(config.model.text_len, config.model.text_dim)
+  writer = MetricWriter(workdir, t.steps, step)
+  pending, began, last_log = [], time.time(), (time.time(), step)
+  loader = running = None
+
+  def save():
+    checkpoints.save(step, state["ema"], state, {"loader": [running, loader.get_state()], "config": to_dict(config)})
+
+  def flush():
+    """Reads the metrics since the last log; stops the run, before anything is saved, if a loss is not finite."""
+    nonlocal pending, last_log
+    values = jax.device_get(pending)
+    for i, v in enumerate(values):
+      if not np.isfinite(v["loss"]):
+        bad = step - len(values) + i + 1
+        raise UserError(
+          f"the loss is not finite at step {bad}; the last good checkpoint is step {checkpoints.latest()}"
+        )
+    if values:
+      mean = {k: float(np.mean([v[k] for v in values])) for k in values[0]}
+      now = time.time()
+      writer.write(step, mean | {"steps_per_second": (step - last_log[1]) / max(now - last_log[0], 1e-9)})
+      last_log = (now, step)
+    pending = []
+
+  with writer:
+    try:
+      while step < t.steps:
+        if running != t.stage_at(step):
+          running = t.stage_at(step)
+          stage = t.stages[running]
+          loader = make_loader(clips(config, stage), stage.batch, _DATA_SEED * t.seed + running, threads=t.threads)
+          if loader_state and loader_state[0] == running:
+            loader.set_state(loader_state[1])
+          advance = jax.jit(functools.partial(train_step, config, stage), donate_argnums=0)
+        batch = next(loader)
+        words = encoder.tokens(batch["caption"], "caption")
+        state, metrics = advance(state, *jax.device_put((batch["frames"], words), sharding))
+        pending.append(metrics)
+        step += 1
+        writer.advance()
+        if step % t.log_every == 0 or step % t.save_every == 0 or step == t.steps:
+          flush()
+        if step % t.save_every == 0 or step == t.steps:
+          save()
+    except KeyboardInterrupt:
+      flush()
+      if checkpoints.latest() != step:
+        save()
+      print(f"interrupted: saved step {step} in {workdir / 'checkpoints'}; rerun the same command to go on")
+      raise
+    finally:
+      checkpoints.close()
+  card = run_record(
+    to_dict(config), steps=step, seed=t.seed, seconds=round(time.time() - began, 1), peak_memory=peak_memory()
+  )
+  write_json_atomic(workdir / "run.json", card)
+  export(workdir / "model", jax.device_get(state["ema"]), to_dict(config), card)
+  return workdir / "model"
