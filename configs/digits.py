@@ -1,7 +1,7 @@
 """Handwritten digits, 64x64 at 16 fps: the whole method on one GPU in minutes, and on a laptop's CPU.
 
-Variants: "" (sparse, learned importance: the shipped model), "attention" (the paper's rule), "window" (the same KV bytes without
-P), "dense" (21 latents), "base" (the common dense start of all of them), "tiny" (a smoke test).
+Variants: "" (sparse, learned importance: the shipped model), "attention" (the paper's rule), "window" (the same KV bytes,
+no P), "dense" (21 latents), "base" (the common dense start of all of them), "tiny" (a smoke test).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def get_config(variant=""):
     Stage(until=0.6, chunks=7, batch=24, dense=dense, p_memory=0.5, hide=(1, 3)),
     Stage(until=1.0, chunks=11, batch=16, dense=dense, p_memory=0.6, hide=(1, 7)),
   )
-  train = TrainConfig(steps=1200, stages=stages, lr=6e-4, init="checkpoints/base")
+  train = TrainConfig(steps=1200, stages=stages, lr=6e-4)
   if variant == "base":
     stages = (
       Stage(until=0.45, chunks=2, batch=64, dense=True),

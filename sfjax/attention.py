@@ -180,7 +180,7 @@ def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segme
 def importance_loss(model, later: int, n: int, head, q_noisy, k_clean) -> Float[Array, ""]:
   """Squared error of the head's log importance against the largest attention a block gets later.
 
-  The target is log(y + 1e-3), y the largest dense pooled attention from noisy queries at least `later` chunks after the block's own
+  The target is log(y + 1e-3), y the largest dense pooled attention from noisy queries at least `later` chunks after it
   (sparse_forcing, learned importance). Both q_noisy [B,n,Q,N,H] and k_clean [B,n,nb,N,H] are constants here.
   """
   layout, nb = model.layout, model.layout.blocks

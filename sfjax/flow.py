@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from sfjax.model import ModelConfig
 
 TIMESTEPS = 1000.0
-_MIN_SIGMA = 0.05  # an x0-predicting network's velocity is (x - x0) / sigma: bounded near sigma = 0
+_MIN_SIGMA = 0.1  # an x0-predicting network's velocity is (x - x0) / sigma: bounded near sigma = 0
 SAMPLERS = ("euler", "few_step")
 
 

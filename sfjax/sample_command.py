@@ -109,7 +109,7 @@ def run(argv: list[str]) -> None:
     first = None
     with VideoWriter(out / f"{i:02d}.mp4", fps, scale=4 if sampler.size[0] <= 128 else 1) as writer:
       stream = sampler.stream(memory, frames, a.seed, [i], prefix, schedule, times)
-      for pixels, memory in stream:  # noqa: B020, the memory is consumed and comes back
+      for pixels, memory in stream:  # noqa: B007, the last memory is used below
         first = first or time.perf_counter() - start
         writer.write(pixels[0])
         sheet.add(pixels[0])

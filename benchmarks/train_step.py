@@ -1,0 +1,62 @@
+"""Time of a training step in every stage of a config, and how many steps fit in a given time.
+
+python -m benchmarks.train_step --config configs/digits.py:base --seconds 500
+"""
+
+import argparse
+import functools
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sfjax import training
+from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass
+from sfjax.data.digits import frames_of_chunks
+
+
+def main(argv: list[str]) -> None:
+  rest, overrides = split_overrides(argv)
+  p = argparse.ArgumentParser(description=__doc__)
+  p.add_argument("--config", required=True)
+  p.add_argument("--seconds", type=float, default=600)
+  p.add_argument("--steps_file", help="write the number of steps that fit here")
+  a = p.parse_args(rest)
+  config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
+  rng = np.random.default_rng(0)
+  mean, start, compile_total = 0.0, 0.0, 0.0
+  for stage in config.train.stages:
+    params = training.init_model(config)
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "ema": jax.tree.map(jnp.copy, params)}
+    state["opt"] = training.optimizer(config).init(params)
+    frames = rng.integers(0, 255, (stage.batch, frames_of_chunks(stage.chunks), 64, 64, 3), np.uint8)
+    words = rng.integers(0, 10, (stage.batch, config.model.text_len)).astype(np.int32)
+    step = jax.jit(functools.partial(training.train_step, config, stage), donate_argnums=0)
+    began = time.perf_counter()
+    state, m = step(state, frames, words)
+    m["loss"].block_until_ready()
+    compiled = time.perf_counter() - began
+    times = []
+    for _ in range(6):
+      began = time.perf_counter()
+      state, m = step(state, frames, words)
+      m["loss"].block_until_ready()
+      times.append(time.perf_counter() - began)
+    ms = float(np.median(times)) * 1e3
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+    row = dict(chunks=stage.chunks, batch=stage.batch, dense=stage.dense, step_ms=ms, compile_s=compiled, peak_gib=peak)
+    print(json.dumps({k: round(v, 1) for k, v in row.items()}), flush=True)
+    mean += (stage.until - start) * ms / 1e3
+    start, compile_total = stage.until, compile_total + compiled
+  steps = int((a.seconds - 0.5 * compile_total) / (mean * 1.04))
+  print(f"{steps} steps fit in {a.seconds:.0f} s")
+  if a.steps_file:
+    with open(a.steps_file, "w") as f:
+      f.write(str(max(steps, 1)))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
