@@ -30,7 +30,7 @@ def get_config(variant=""):
     Stage(until=0.6, chunks=7, batch=24, dense=dense, p_memory=0.5, hide=(1, 3)),
     Stage(until=1.0, chunks=11, batch=16, dense=dense, p_memory=0.6, hide=(1, 7)),
   )
-  train = TrainConfig(steps=1200, stages=stages, lr=6e-4)
+  train = TrainConfig(steps=1200, stages=stages, lr=1e-3)
   if variant == "base":
     stages = (
       Stage(until=0.45, chunks=2, batch=64, dense=True),

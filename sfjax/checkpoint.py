@@ -1,10 +1,14 @@
-"""Checkpoints: Orbax steps for training (resume bit for bit), and one small folder for inference and for shipping."""
+"""Checkpoints: Orbax steps for training (resume bit for bit), and one small folder for inference and for shipping.
+
+`load_config` and `load_params` read either: a model folder, or the newest step of a training run.
+"""
 
 import json
 import os
 import pathlib
 import shutil
 import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +16,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sfjax.errors import UserError
-from sfjax.runlog import write_json_atomic
+from sfjax.runlog import replacing, write_json_atomic
+
+
+def _named(tree) -> dict:
+  """Leaves by their path, "a/b"; the same names for a tree and for what Orbax tells of it."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+def _stored(x) -> str:
+  """Dtype and shape under which Orbax stores an array; of typed keys it stores the words."""
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.eval_shape(jax.random.key_data, x)
+  return f"{np.dtype(x.dtype).name}{list(x.shape)}"
+
+
+def _first_difference(found: dict[str, str], want: dict[str, str]) -> str | None:
+  for name in [*want, *found]:
+    if found.get(name) != want.get(name):
+      return f"{name} is {found.get(name, 'absent')}, this config wants {want.get(name, 'no such array')}"
+  return None
 
 
 class Checkpoints:
@@ -23,10 +47,15 @@ class Checkpoints:
   """
 
   def __init__(self, directory, keep_last: int = 2, keep_every: int = 0):
+    self._directory = pathlib.Path(directory).absolute()
     self._manager = ocp.CheckpointManager(
-      pathlib.Path(directory).absolute(),
+      self._directory,
       options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every or None),
-      item_names=("params", "state", "meta"),
+      item_handlers={
+        "params": ocp.StandardCheckpointHandler(),
+        "state": ocp.StandardCheckpointHandler(),
+        "meta": ocp.JsonCheckpointHandler(),
+      },
     )
 
   def latest(self) -> int | None:
@@ -41,42 +70,92 @@ class Checkpoints:
     self._manager.save(step, args=args, force=True)
 
   def restore(self, like) -> tuple:
-    """(state shaped and placed like `like`, meta) of the newest step."""
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
-    found = self._manager.restore(self.latest(), args=args)
-    return found["state"], found["meta"]
+    """(state shaped and placed like `like`, meta) of the newest step.
 
-  def close(self) -> None:
+    Raises:
+      UserError: no step, a damaged one, or one of another config (names the first array that differs).
+    """
+    return self._restore("state", like)
+
+  def restore_params(self, like) -> tuple:
+    """(inference weights like `like`, meta) of the newest step. Raises UserError as `restore` does."""
+    return self._restore("params", like)
+
+  def meta(self) -> dict:
+    """What was saved as `meta` with the newest step. Raises UserError as `restore` does."""
+    return self._read(meta=ocp.args.JsonRestore())["meta"]
+
+  def _restore(self, item: str, like) -> tuple:
+    want = {name: _stored(x) for name, x in _named(like).items()}
+    step = self._newest()
+    try:
+      tree = self._manager.item_metadata(step)[item].tree
+    except Exception as e:  # whatever a damaged file makes Orbax raise
+      raise self._damaged() from e
+    wrong = _first_difference({name: _stored(x) for name, x in _named(tree).items()}, want)
+    if wrong:
+      raise UserError(f"{self._directory / str(step)} is of another config: {wrong}")
+    found = self._read(**{item: ocp.args.StandardRestore(like), "meta": ocp.args.JsonRestore()})
+    return found[item], found["meta"]
+
+  def _newest(self) -> int:
+    if self.latest() is None:
+      raise UserError(f"{self._directory} holds no complete checkpoint")
+    return self.latest()
+
+  def _damaged(self) -> UserError:
+    return UserError(
+      f"{self._directory / str(self.latest())} is damaged; remove this folder to go on from the step before"
+    )
+
+  def _read(self, **items):
+    step = self._newest()
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as e:  # whatever a damaged file makes Orbax and TensorStore raise
+      raise self._damaged() from e
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def wait(self) -> None:
     """Waits for what is being saved."""
     self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for what is being saved, then ends the threads."""
+    self.wait()
     self._manager.close()
 
 
 def flatten(tree: dict) -> dict[str, np.ndarray]:
   """Nested dicts of arrays as {"a/b": array}."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {"/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path): np.asarray(x) for path, x in leaves}
+  return {name: np.asarray(x) for name, x in _named(tree).items()}
 
 
 def save_arrays(path, arrays: dict[str, np.ndarray]) -> None:
-  """A compressed npz, renamed into place; bfloat16 is stored as its bits, under the name `key:bfloat16`."""
-  path = pathlib.Path(path)
-  part = path.with_name(f".{path.name}.part")
+  """A compressed npz, renamed into place; bfloat16 is stored as its bits, under the name `key:bfloat16`.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
   bits = {f"{k}:bfloat16" if v.dtype == jnp.bfloat16 else k: v.view(np.uint16) if v.dtype == jnp.bfloat16 else v
           for k, v in arrays.items()}  # fmt: skip
-  with part.open("wb") as f:
+  with replacing(path) as part, part.open("wb") as f:
     np.savez_compressed(f, **bits)
-  os.replace(part, path)
 
 
 def load_arrays(path) -> dict[str, np.ndarray]:
   """Inverse of `save_arrays`. Raises UserError if the file is absent or damaged."""
   try:
-    with np.load(path) as z:
+    with open(path, "rb") as f, np.lib.npyio.NpzFile(f) as z:
       found = {k: z[k] for k in z.files}
   except FileNotFoundError as e:
     raise UserError(f"{path}: no such file") from e
-  except (zipfile.BadZipFile, ValueError, EOFError, OSError) as e:
+  except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError, RuntimeError) as e:
     raise UserError(f"{path}: damaged or truncated; not a readable npz file") from e
   return {k.removesuffix(":bfloat16"): v.view(jnp.bfloat16) if k.endswith(":bfloat16") else v for k, v in found.items()}
 
@@ -84,46 +163,72 @@ def load_arrays(path) -> dict[str, np.ndarray]:
 def export(directory, params: dict, config: dict, card: dict) -> None:
   """A folder for inference: params.npz (bfloat16), config.json, card.json; it appears whole or not at all."""
   directory = pathlib.Path(directory)
-  part = directory.with_name(f".{directory.name}.part")
+  part, old = (directory.with_name(f".{directory.name}.{end}") for end in ("part", "old"))
   shutil.rmtree(part, ignore_errors=True)
-  part.mkdir(parents=True)
+  shutil.rmtree(old, ignore_errors=True)
+  try:
+    part.mkdir(parents=True)
+  except OSError as e:
+    raise UserError(f"{directory}: cannot be written ({e.strerror})") from e
   half = lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x
   save_arrays(part / "params.npz", {k: half(v) for k, v in flatten(params).items()})
   write_json_atomic(part / "config.json", config)
   write_json_atomic(part / "card.json", card)
-  shutil.rmtree(directory, ignore_errors=True)
+  if directory.exists():
+    os.replace(directory, old)
   os.replace(part, directory)
+  shutil.rmtree(old, ignore_errors=True)
 
 
-def load_config(directory) -> dict:
-  """The config that an inference folder carries. Raises UserError if it is absent or damaged."""
+def _steps(directory) -> pathlib.Path | None:
+  """The folder of a training run's steps, if `directory` is one or holds one, and is no model folder."""
   directory = pathlib.Path(directory)
   if not directory.is_dir():
     raise UserError(f"--checkpoint: {directory} is not a folder")
-  file = directory / "config.json"
-  if not file.is_file():
-    raise UserError(f"--checkpoint: {directory} holds no config.json; want an exported model folder")
+  if (directory / "config.json").is_file():
+    return None
+  for folder in (directory, directory / "checkpoints"):
+    if folder.is_dir() and ocp.utils.checkpoint_steps(folder):
+      return folder
+  raise UserError(
+    f"--checkpoint: {directory} holds no model; want a folder with config.json and params.npz, or a training run's"
+  )
+
+
+def load_config(directory) -> dict:
+  """The config that a model folder or a training run carries. Raises UserError if it is absent or damaged."""
+  steps = _steps(directory)
+  if steps:
+    with Checkpoints(steps) as checkpoints:
+      return checkpoints.meta()["config"]
+  file = pathlib.Path(directory) / "config.json"
   try:
-    return json.loads(file.read_text())
+    config = json.loads(file.read_text())
   except ValueError as e:
     raise UserError(f"--checkpoint: {file} is damaged: {e}") from e
+  if not isinstance(config, dict):
+    raise UserError(f"--checkpoint: {file} is damaged: not a JSON object")
+  return config
 
 
 def load_params(directory, like: dict) -> dict:
-  """Weights of an inference folder as float32 arrays in the structure of `like` (shapes suffice).
+  """Weights of a model folder or a training run in the structure and dtypes of `like` (shapes suffice).
 
   Raises:
     UserError: absent or damaged, or of another config (names the first array that differs).
   """
+  steps = _steps(directory)
+  if steps:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with Checkpoints(steps) as checkpoints:
+      return checkpoints.restore_params(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+      )[0]
   arrays = load_arrays(pathlib.Path(directory) / "params.npz")
-  leaves, tree = jax.tree_util.tree_flatten_with_path(like)
-  names = ["/".join(str(k.key) for k in path) for path, _ in leaves]
-  for name, (_, leaf) in zip(names, leaves, strict=True):
-    found = arrays[name].shape if name in arrays else "nothing"
-    if found != tuple(leaf.shape):
-      raise UserError(f"--checkpoint: {directory}: {name} is {found}, this config wants {tuple(leaf.shape)}")
-  extra = set(arrays) - set(names)
-  if extra:
-    raise UserError(f"--checkpoint: {directory}: {sorted(extra)[0]} is not part of this config's model")
-  values = [jnp.asarray(arrays[n].astype(x.dtype)) for n, (_, x) in zip(names, leaves, strict=True)]
-  return jax.tree_util.tree_unflatten(tree, values)
+  want = _named(like)
+  shapes = lambda leaves: {name: str(list(x.shape)) for name, x in leaves.items()}
+  wrong = _first_difference(shapes(arrays), shapes(want))
+  if wrong:
+    raise UserError(f"--checkpoint: {directory}: {wrong}")
+  values = [jnp.asarray(arrays[name].astype(x.dtype)) for name, x in want.items()]
+  return jax.tree.unflatten(jax.tree.structure(like), values)

@@ -6,6 +6,7 @@ import importlib.util
 import pathlib
 import types
 import typing
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
@@ -102,8 +103,8 @@ class Config:
 
 
 def to_config_dict(config) -> ConfigDict:
-  """A dataclass as a locked ConfigDict, ready for overrides."""
-  d = ConfigDict(to_dict(config), convert_dict=True)
+  """A dataclass as a locked ConfigDict, ready for overrides; every value has its field's type (1 becomes 1.0)."""
+  d = ConfigDict(to_dict(to_dataclass(type(config), to_dict(config))), convert_dict=True)
   return d.lock()
 
 
@@ -119,6 +120,24 @@ def _suggest(key: str, keys) -> str:
   return f"did you mean {near[0]}?" if near else f"accepted are {', '.join(sorted(keys))}"
 
 
+def _leaves(node: ConfigDict, where: str = "") -> Iterator[str]:
+  for key, value in node.items():
+    if isinstance(value, ConfigDict):
+      yield from _leaves(value, f"{where}{key}.")
+    else:
+      yield where + key
+
+
+def _suggest_key(config: ConfigDict, node, key: str, part: str) -> str:
+  """The key meant: `part` misspelt among its siblings in `node`, or else a key of that name in another section."""
+  siblings = difflib.get_close_matches(part, list(node) if isinstance(node, ConfigDict) else [], 1)
+  leaves = {leaf.rpartition(".")[2]: leaf for leaf in reversed(list(_leaves(config)))}
+  elsewhere = difflib.get_close_matches(key.rpartition(".")[2], list(leaves), 1)
+  if siblings:
+    return f"did you mean --config.{'.'.join(siblings[0] if p == part else p for p in key.split('.'))}?"
+  return f"did you mean --config.{leaves[elsewhere[0]]}?" if elsewhere else f"accepted are {', '.join(_leaves(config))}"
+
+
 def load_config(spec: str) -> ConfigDict:
   """`configs/digits.py:variant` -> its locked ConfigDict.
 
@@ -126,8 +145,8 @@ def load_config(spec: str) -> ConfigDict:
     UserError: no such file, no get_config in it, or a variant it does not know.
   """
   path, _, variant = spec.partition(":")
-  if not pathlib.Path(path).is_file():
-    raise UserError(f"--config: {path} is not a file; want a python file such as configs/digits.py")
+  if not pathlib.Path(path).is_file() or not path.endswith(".py"):
+    raise UserError(f"--config: {path} is not a python file; want one such as configs/digits.py")
   module_spec = importlib.util.spec_from_file_location("sfjax_config", path)
   module = importlib.util.module_from_spec(module_spec)
   try:
@@ -162,6 +181,8 @@ def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def _parse(key: str, text: str, old):
   try:
+    if isinstance(old, ConfigDict):
+      raise UserError(f"--config.{key}: is a section; set one of {', '.join(f'{key}.{k}' for k in _leaves(old))}")
     if isinstance(old, bool):
       return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
     if isinstance(old, tuple | list):
@@ -189,8 +210,7 @@ def apply_overrides(config: ConfigDict, overrides: dict[str, str]) -> ConfigDict
     node = config
     for part in [*path, leaf]:
       if not isinstance(node, ConfigDict) or part not in node:
-        keys = node.keys() if isinstance(node, ConfigDict) else []
-        raise UserError(f"--config.{key}: no key {part!r}; {_suggest(part, keys)}")
+        raise UserError(f"--config.{key}: no such key; {_suggest_key(config, node, key, part)}")
       parent, node = node, node[part]
     with parent.ignore_type():
       parent[leaf] = _parse(key, text, node)
@@ -201,8 +221,10 @@ def to_dataclass(cls, values, where: str = "config"):
   """A ConfigDict or dict as a frozen dataclass, nested ones included.
 
   Raises:
-    UserError: an unknown or missing key, or a value that the dataclass refuses.
+    UserError: an unknown or missing key, a value of another type, or one that the dataclass refuses.
   """
+  if not isinstance(values, dict | ConfigDict):
+    raise UserError(f"{where}: {values!r} is not accepted; want a section with {', '.join(typing.get_type_hints(cls))}")
   hints = typing.get_type_hints(cls)
   names = {f.name for f in dataclasses.fields(cls)}
   kw = {}
@@ -226,11 +248,16 @@ def to_dataclass(cls, values, where: str = "config"):
 def _convert(hint, value, where):
   if dataclasses.is_dataclass(hint):
     return to_dataclass(hint, value, where)
+  want = hint.__name__ if isinstance(hint, type) else str(hint)
+  refused = UserError(f"{where}: {value!r} is not accepted; want {want}")
   if typing.get_origin(hint) is tuple:
-    inner = typing.get_args(hint)[0]
-    return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
-  if isinstance(hint, types.UnionType):
-    return value
-  if hint is float and isinstance(value, int):
+    inner = typing.get_args(hint)
+    if not isinstance(value, list | tuple) or (inner[-1] is not Ellipsis and len(value) != len(inner)):
+      raise refused
+    return tuple(_convert(inner[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+  if hint is float and type(value) is int:
     return float(value)
+  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  if type(value) not in options:
+    raise refused
   return value

@@ -13,15 +13,17 @@ def command(fn):
 
   @functools.wraps(fn)
   def main(*args):
-    from sfjax.data.video_folder import DataError
-
     try:
       return fn(*args)
-    except (UserError, DataError) as e:
-      print("error: " + " ".join(str(e).split()), file=sys.stderr)
-      sys.exit(2)
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       sys.exit(130)
+    except Exception as e:
+      from sfjax.data.video_folder import DataError  # only here: it loads FFmpeg
+
+      if not isinstance(e, UserError | DataError):
+        raise
+      print("error: " + " ".join(str(e).split()), file=sys.stderr)
+      sys.exit(2)
 
   return main

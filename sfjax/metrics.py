@@ -7,6 +7,19 @@ import sys
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from sfjax.runlog import replacing
+
+
+def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
+  kept = []
+  for line in path.read_text(errors="replace").splitlines():
+    try:
+      if json.loads(line)["step"] <= step:
+        kept.append(line + "\n")
+    except (ValueError, KeyError, TypeError):
+      continue  # half a line, from a run that was killed while it wrote
+  return kept
+
 
 class MetricWriter:
   """Writes to a working folder. A resumed run's file reads like an unbroken one.
@@ -17,9 +30,9 @@ class MetricWriter:
 
   def __init__(self, workdir, total: int, start: int = 0):
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-    path.write_text("".join(kept))
+    kept = _lines_up_to(path, start) if path.exists() else []
+    with replacing(path) as part:
+      part.write_text("".join(kept))
     self._file = path.open("a")
     self._board = SummaryWriter(str(pathlib.Path(workdir) / "tb"), purge_step=start + 1)
     self._bar = tqdm(total=total, initial=start, unit="step", file=sys.stderr, disable=not sys.stderr.isatty())
@@ -30,6 +43,7 @@ class MetricWriter:
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """One record of scalars."""
+    values = {name: float(value) for name, value in values.items()}
     tqdm.write(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
     self._file.write(json.dumps({"step": step, **values}) + "\n")
     self._file.flush()

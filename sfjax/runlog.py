@@ -1,5 +1,8 @@
 """run.json: what ran, where, and how fast, written beside every result."""
 
+import contextlib
+import errno
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -8,6 +11,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import flax
 import jax
@@ -33,12 +37,37 @@ def make_folder(path, flag: str) -> pathlib.Path:
   return path
 
 
-def write_json_atomic(path, value) -> None:
-  """Writes beside, then renames: readers see the old file or the whole new one."""
+@contextlib.contextmanager
+def replacing(path) -> Iterator[pathlib.Path]:
+  """A hidden file beside `path` to write to: renamed to `path` at the end, deleted on an exception.
+
+  Raises:
+    UserError: the file cannot be written (at once, before any work, where the folder is to blame), or the disk is full.
+  """
   path = pathlib.Path(path)
   part = path.with_name(f".{path.name}.part")
-  part.write_text(json.dumps(value, indent=1) + "\n")
-  os.replace(part, path)
+  refused = lambda e: UserError(f"{path}: cannot be written ({e.strerror})")
+  try:
+    if path.is_dir():
+      raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    part.touch()
+  except OSError as e:
+    raise refused(e) from e
+  try:
+    yield part
+    os.replace(part, path)
+  except OSError as e:
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise refused(e) from e
+    raise
+  finally:
+    part.unlink(missing_ok=True)
+
+
+def write_json_atomic(path, value) -> None:
+  """Writes beside, then renames: readers see the old file or the whole new one. Raises UserError if it cannot."""
+  with replacing(path) as part:
+    part.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def latency(seconds: list[float]) -> dict:
@@ -57,12 +86,14 @@ def peak_memory() -> dict:
   stats = jax.devices()[0].memory_stats() or {}
   return {
     "device": stats.get("peak_bytes_in_use"),
-    "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
   }
 
 
 def _commit() -> str | None:
-  folder = pathlib.Path(__file__).parent
+  folder = pathlib.Path(__file__).parent.parent
+  if not (folder / ".git").exists():  # installed: a repository further up is someone else's
+    return None
   try:
     out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
   except (OSError, subprocess.TimeoutExpired):
@@ -77,6 +108,7 @@ def run_record(config: dict, **measured) -> dict:
     "command": sys.argv,
     "config": config,
     "versions": {
+      "sfjax": importlib.metadata.version("sfjax"),
       "python": platform.python_version(),
       "jax": jax.__version__,
       "jaxlib": jaxlib.__version__,

@@ -1,7 +1,8 @@
 """Video files: frames stream into an H.264 file, and out of any file that PyAV reads; a contact sheet for the eye."""
 
-import os
+import contextlib
 import pathlib
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageOps
 
 from sfjax.errors import UserError
+from sfjax.runlog import replacing
 
 
 class VideoWriter:
@@ -16,38 +18,51 @@ class VideoWriter:
 
   Args:
     path: of the mp4. fps: frames per second. scale: nearest-neighbour enlargement.
+
+  Raises:
+    UserError: on entering, if the file cannot be written.
+    ValueError: on leaving, if no frame came.
   """
 
   def __init__(self, path, fps: float, scale: int = 1):
-    self._path, self._fps, self._scale = pathlib.Path(path), fps, scale
-    self._part = self._path.with_name(f".{self._path.name}.part")
+    self._path, self._fps, self._scale = pathlib.Path(path), Fraction(fps).limit_denominator(1001), scale
     self._box = self._stream = None
 
   def __enter__(self):
+    with contextlib.ExitStack() as stack:
+      self._part = stack.enter_context(replacing(self._path))
+      stack.push(self._finish)
+      self._stack = stack.pop_all()
     return self
 
   def write(self, frames: UInt8[np.ndarray, "F h w 3"]) -> None:
-    """Encodes frames; raises ValueError unless rows and columns are even."""
+    """Encodes frames; raises ValueError unless rows and columns are even and the same in every call."""
     s = self._scale
     for frame in np.asarray(frames):
       frame = frame.repeat(s, 0).repeat(s, 1)
+      h, w = frame.shape[:2]
       if self._box is None:
-        if frame.shape[0] % 2 or frame.shape[1] % 2:
-          raise ValueError(f"frames: {frame.shape[0]}x{frame.shape[1]}; H.264 wants even rows and columns")
+        if h % 2 or w % 2:
+          raise ValueError(f"frames: {h}x{w}; H.264 wants even rows and columns")
         self._box = av.open(str(self._part), "w", format="mp4")
-        self._stream = self._box.add_stream("libx264", rate=round(self._fps), options={"crf": "14"})
-        self._stream.height, self._stream.width = frame.shape[:2]
+        self._stream = self._box.add_stream("libx264", rate=self._fps, options={"crf": "14"})
+        self._stream.height, self._stream.width = h, w
         self._stream.pix_fmt = "yuv420p"
+      if (h, w) != (self._stream.height, self._stream.width):
+        raise ValueError(f"frames: {h}x{w}; the video began with {self._stream.height}x{self._stream.width}")
       self._box.mux(self._stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
 
-  def __exit__(self, kind, *_):
-    if self._box is not None:
+  def _finish(self, kind, *_):
+    if self._box is None:
+      if kind is None:
+        raise ValueError(f"{self._path}: no frame was written")
+      return
+    with self._box:
       if kind is None:
         self._box.mux(self._stream.encode())
-      self._box.close()
-      if kind is None:
-        os.replace(self._part, self._path)
-    self._part.unlink(missing_ok=True)
+
+  def __exit__(self, *exc):
+    return self._stack.__exit__(*exc)
 
 
 def _fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -68,21 +83,22 @@ def read_video(path, fps: float, size: tuple[int, int], flag: str = "--video") -
       for frame in box.decode(video=0):
         times.append(frame.time if frame.time is not None else len(times) / 25)
         frames.append(_fit(frame.to_image(), size))
-  except (av.FFmpegError, IndexError) as e:
+  except (av.FFmpegError, IndexError, ValueError) as e:
     raise UserError(f"{flag}: {path} cannot be decoded as a video ({type(e).__name__})") from e
   if not frames:
     raise UserError(f"{flag}: {path} has no frames")
-  times = np.asarray(times) - times[0]
+  times = np.maximum.accumulate(np.asarray(times) - times[0])
   wanted = np.arange(int(np.floor(times[-1] * fps + 1e-6)) + 1) / fps
-  return np.stack(frames)[np.abs(times[None] - wanted[:, None]).argmin(1)]
+  nearest = np.searchsorted((times[1:] + times[:-1]) / 2, wanted)
+  return np.stack([frames[i] for i in nearest])
 
 
 def read_image(path, size: tuple[int, int], flag: str = "--image") -> UInt8[np.ndarray, "h w 3"]:
   """An image at a size (centre crop). Raises UserError if it cannot be read."""
   try:
     with Image.open(path) as image:
-      return _fit(image, size)
-  except (OSError, ValueError) as e:
+      return _fit(ImageOps.exif_transpose(image), size)
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
     raise UserError(f"{flag}: {path} cannot be read as an image") from e
 
 
@@ -104,7 +120,9 @@ class ContactSheet:
       self._seen += 1
 
   def save(self, path) -> None:
-    """Writes a PNG."""
+    """Writes a PNG. Raises ValueError without frames, UserError if the file cannot be written."""
+    if not self._kept:
+      raise ValueError("contact sheet: no frames were added")
     h, w = (self._scale * n for n in self._kept[0][1].shape[:2])
     rows = -(-len(self._kept) // self._columns)
     sheet = Image.new("RGB", (self._columns * (w + 4), rows * (h + 14)), "white")
@@ -113,6 +131,5 @@ class ContactSheet:
       x, y = (i % self._columns) * (w + 4), (i // self._columns) * (h + 14)
       sheet.paste(Image.fromarray(frame).resize((w, h), Image.Resampling.NEAREST), (x, y))
       draw.text((x, y + h), f"{index / self._fps:.2f} s", fill="black")
-    part = pathlib.Path(path).with_name(f".{pathlib.Path(path).name}.part")
-    sheet.save(part, format="PNG")
-    os.replace(part, path)
+    with replacing(path) as part:
+      sheet.save(part, format="PNG")

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.pbsa import cudnn
 from pallas_kernels.pbsa.lists import BLOCK, TILE
 from pallas_kernels.pbsa.reference import pbsa_xla
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("cudnn", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -75,7 +76,7 @@ def pbsa(
     scale: multiplies the logits; 1/sqrt(H) by default.
     kv_grad_range: first and last block (inclusive) that receive dk and dv; the others get zero.
     return_lse: also return the log of the softmax denominator.
-    implementation: "xla", or None for the best that supports the arguments.
+    implementation: "xla" (anywhere), "cudnn" (NVIDIA, 16 bit, lists only), or None for the best that supports the arguments.
 
   Returns:
     out [B,T,N,H] in q's dtype, and lse float32 [B,N,T] (natural log) if asked. A tile that reads nothing gives zeros
@@ -87,9 +88,15 @@ def pbsa(
   _check(q, k, v, block_ids, block_counts, prefix_k, kv_valid, layer)
   if implementation not in (None, *IMPLEMENTATIONS):
     raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  if implementation != "xla":
+    reason = cudnn.unsupported(q, prefix_blocks, layer, kv_grad_range, return_lse)
+    if implementation == "cudnn" and reason:
+      raise NotImplementedError(reason)
+    if reason is None:
+      return cudnn.pbsa_cudnn(q, k, v, block_ids, block_counts, kv_valid, scale)
   if layer is not None:
     k, v = (_forward_only(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)) for x in (k, v))
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
   out, lse = pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, scale, kv_grad_range)
   return (out, lse) if return_lse else out
 
