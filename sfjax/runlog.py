@@ -101,6 +101,13 @@ def _commit() -> str | None:
   return out.stdout.strip() or None
 
 
+def _version() -> str | None:
+  try:
+    return importlib.metadata.version("sfjax")
+  except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+    return None
+
+
 def run_record(config: dict, **measured) -> dict:
   """Config, versions, device and what was measured."""
   device = jax.devices()[0]
@@ -108,7 +115,7 @@ def run_record(config: dict, **measured) -> dict:
     "command": sys.argv,
     "config": config,
     "versions": {
-      "sfjax": importlib.metadata.version("sfjax"),
+      "sfjax": _version(),
       "python": platform.python_version(),
       "jax": jax.__version__,
       "jaxlib": jaxlib.__version__,

@@ -16,8 +16,6 @@ from sfjax import checkpoint
 from sfjax.checkpoint import Checkpoints, export, load_arrays, load_config, load_params, save_arrays
 from sfjax.errors import UserError
 
-KEEP = "config"
-
 
 def params(seed=0, width=5):
   a, b = jax.random.split(jax.random.key(seed))
@@ -46,7 +44,7 @@ def bits(tree):
 def save(directory, *steps, **options):
   with Checkpoints(directory, **options) as c:
     for step in steps:
-      c.save(step, params(step), state(step), {"loader": [step], KEEP: {"name": "x"}})
+      c.save(step, params(100 + step), state(step), {"loader": [step], "config": {"name": "x"}})
 
 
 def steps(directory):
@@ -59,7 +57,7 @@ def test_restore_is_bit_for_bit(tmp_path):
     assert c.latest() == 2
     found, meta = c.restore(state(9))
   assert bits(found) == bits(state(2)) and jax.tree.structure(found) == jax.tree.structure(state(2))
-  assert meta == {"loader": [2], KEEP: {"name": "x"}}
+  assert meta == {"loader": [2], "config": {"name": "x"}}
   assert jnp.array_equal(jax.random.normal(found["keys"][1]), jax.random.normal(state(2)["keys"][1]))
 
 
@@ -158,7 +156,7 @@ def test_params_of_a_training_run(tmp_path):
   leftover.mkdir()  # a run that still saves must not be disturbed by a reader
   for folder in (tmp_path, tmp_path / "checkpoints"):
     assert load_config(folder) == {"name": "x"}
-    assert bits(load_params(folder, jax.eval_shape(params))) == bits(params(2))
+    assert bits(load_params(folder, jax.eval_shape(params))) == bits(params(102))
     with pytest.raises(UserError, match=r"dit/b is float32\[5\], this config wants float32\[6\]"):
       load_params(folder, params(width=6))
   assert leftover.is_dir() and steps(tmp_path / "checkpoints") == [1, 2]

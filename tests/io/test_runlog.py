@@ -29,7 +29,10 @@ def test_commit_is_ours_or_none(tmp_path, monkeypatch):
 
 def test_json_is_atomic(tmp_path):
   path = tmp_path / "run.json"
-  runlog.write_json_atomic(path, {"a": 1})
+  path.write_text("old")
+  with path.open() as reader:
+    runlog.write_json_atomic(path, {"a": 1})
+    assert reader.read() == "old"  # who reads meanwhile sees a whole file
   with pytest.raises(TypeError):
     runlog.write_json_atomic(path, {"a": object()})
   assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["run.json"]
