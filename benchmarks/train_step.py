@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
   p.add_argument("--config", required=True)
   p.add_argument("--seconds", type=float, default=600)
   p.add_argument("--steps_file", help="write the number of steps that fit here")
+  p.add_argument("--trace", help="write a profile of three steps of every stage into this folder")
   a = p.parse_args(rest)
   config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
   rng = np.random.default_rng(0)
@@ -45,6 +46,11 @@ def main(argv: list[str]) -> None:
       state, m = step(state, frames, words)
       m["loss"].block_until_ready()
       times.append(time.perf_counter() - began)
+    if a.trace:
+      with jax.profiler.trace(f"{a.trace}/stage{stage.chunks}"):
+        for _ in range(3):
+          state, m = step(state, frames, words)
+        m["loss"].block_until_ready()
     ms = float(np.median(times)) * 1e3
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
     row = dict(chunks=stage.chunks, batch=stage.batch, dense=stage.dense, step_ms=ms, compile_s=compiled, peak_gib=peak)

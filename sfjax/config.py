@@ -15,6 +15,8 @@ from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -29,7 +31,7 @@ class DataConfig:
   source: str = "digits"
   path: str = ""
   fps: float = 16.0
-  colour_only: float = 0.4
+  colour_only: float = 0.2
   none: float = 0.1
 
 
@@ -54,12 +56,20 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """Optimisation. `steps` counts optimiser steps; stages are fractions of it; `init` is a model folder to start from."""
+  """Optimisation. `steps` counts optimiser steps; stages are fractions of it; `init` is a model folder to start from.
+
+  Attributes:
+    optimizer: "adamw", or "muon" for the matrices of the blocks with AdamW for the rest; `lr` fits both (equal update RMS).
+    warmup: steps of linear warm-up. decay: last fraction of the steps, in which the rate falls linearly to a twentieth.
+    threads: of the loader. workers: processes of the loader; 0 uses threads alone.
+  """
 
   steps: int
   stages: tuple[Stage, ...]
+  optimizer: str = "adamw"
   lr: float = 1e-3
   warmup: int = 100
+  decay: float = 0.4
   weight_decay: float = 0.01
   clip: float = 1.0
   ema: float = 0.999
@@ -77,10 +87,15 @@ class TrainConfig:
   keep_last: int = 2
   keep_every: int = 0
   threads: int = 4
+  workers: int = 0
 
   def __post_init__(self):
     if self.steps < 1:
       raise ValueError(f"steps: {self.steps}; want at least 1")
+    if self.optimizer not in OPTIMIZERS:
+      raise ValueError(f"optimizer: {self.optimizer!r}; want one of {', '.join(OPTIMIZERS)}")
+    if not 0 < self.decay <= 1:
+      raise ValueError(f"decay: {self.decay}; want a fraction in (0, 1]")
     ends = [s.until for s in self.stages]
     if not ends or ends != sorted(ends) or ends[-1] != 1.0:
       raise ValueError(f"stages: `until` is {ends}; want ascending fractions that end with 1.0")

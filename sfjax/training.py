@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sfjax import rollout
 from sfjax.checkpoint import Checkpoints, export, load_params
 from sfjax.codec import DigitsCodec
-from sfjax.config import Config, Stage, to_dict
+from sfjax.config import Config, Stage, TrainConfig, to_dict
 from sfjax.data.digits import DigitsConfig, frames_of_chunks
 from sfjax.data.loader import DigitsSource, make_loader
 from sfjax.data.video_folder import VideoFolder
@@ -57,15 +57,47 @@ def clips(config: Config, stage: Stage):
   return DigitsSource(prompt, memory, stage.p_memory, config.train.seed)
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
-  """AdamW with warm-up, cosine decay and clipping; matrices alone decay."""
-  t = config.train
-  schedule = optax.warmup_cosine_decay_schedule(0.0, t.lr, min(t.warmup, t.steps - 1), t.steps, 0.05 * t.lr)
-  matrices = lambda p: jax.tree.map(lambda x: x.ndim >= 2, p)
-  tx = optax.chain(
-    optax.clip_by_global_norm(t.clip),
-    optax.adamw(schedule, b2=0.99, weight_decay=t.weight_decay, mask=matrices),
+def learning_rate(t: TrainConfig) -> optax.Schedule:
+  """Linear warm-up, constant, linear decay to a twentieth."""
+  warmup = min(t.warmup, t.steps - 1)
+  decay = max(1, min(round(t.decay * t.steps), t.steps - warmup))
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, t.lr, warmup),
+      optax.constant_schedule(t.lr),
+      optax.linear_schedule(t.lr, 0.05 * t.lr, decay),
+    ],
+    [warmup, t.steps - decay],
   )
+
+
+def _is_matrix(path, x) -> bool:
+  """Whether a parameter is a Linear's matrix (or a stack of them); biases, gains and embeddings are not."""
+  return getattr(path[-1], "key", None) == "kernel"
+
+
+def optimizer(config: Config) -> optax.GradientTransformation:
+  """AdamW or Muon with the schedule of `learning_rate` and clipping; matrices alone decay."""
+  t = config.train
+  matrices = lambda p: jax.tree_util.tree_map_with_path(_is_matrix, p)
+  if t.optimizer == "adamw":
+    tx = optax.adamw(learning_rate(t), b2=0.99, weight_decay=t.weight_decay, mask=matrices)
+  else:
+
+    def orthogonal(p):  # the blocks' matrices, stacked over layers
+      axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+      return jax.tree_util.tree_map_with_path(lambda path, x: axes if _is_matrix(path, x) and x.ndim == 3 else None, p)
+
+    tx = optax.contrib.muon(
+      learning_rate(t),
+      weight_decay=t.weight_decay,
+      weight_decay_mask=matrices,
+      adam_b2=0.99,
+      adam_weight_decay=t.weight_decay,
+      muon_weight_dimension_numbers=orthogonal,
+      consistent_rms=0.2,  # updates as large as Adam's, so that one learning rate serves both
+    )
+  tx = optax.chain(optax.clip_by_global_norm(t.clip), tx)
   return tx if t.accumulate == 1 else optax.MultiSteps(tx, t.accumulate).gradient_transformation()
 
 
@@ -147,7 +179,8 @@ def train(config: Config, workdir: str) -> pathlib.Path:
         if running != t.stage_at(step):
           running = t.stage_at(step)
           stage = t.stages[running]
-          loader = make_loader(clips(config, stage), stage.batch, _DATA_SEED * t.seed + running, threads=t.threads)
+          source, order = clips(config, stage), _DATA_SEED * t.seed + running
+          loader = make_loader(source, stage.batch, order, threads=t.threads, workers=t.workers)
           if loader_state and loader_state[0] == running:
             loader.set_state(loader_state[1])
           advance = jax.jit(functools.partial(train_step, config, stage), donate_argnums=0)

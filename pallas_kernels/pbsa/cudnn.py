@@ -1,7 +1,7 @@
 """The "cudnn" implementation: every query tile gathers its blocks, then cuDNN's fused attention runs with tiles as batch rows.
 
 It costs a copy of the gathered keys and values, but no score ever leaves the chip: that makes training practical on a GPU.
-Sums of key gradients run in float32.
+The gradients of a block, from every tile that read it, are summed by one matrix product in float32: no atomics.
 
 Letters: B batch, T query rows, S key slots, N heads, H head dim, Q query tiles, K listed blocks, J valid slots of a block.
 """
@@ -27,6 +27,26 @@ def unsupported(q, prefix_blocks, layer, kv_grad_range, return_lse) -> str | Non
   return None
 
 
+@jax.custom_vjp
+def take_blocks(x, ids):
+  """x [B,N,S,E], ids int32 [B,N,R] -> [B,N,R,E]."""
+  return jnp.take_along_axis(x, ids[..., None], 2)
+
+
+def _take_forward(x, ids):
+  return take_blocks(x, ids), (ids, x.shape[2])
+
+
+def _take_backward(saved, g):
+  ids, blocks = saved
+  reads = jax.nn.one_hot(ids, blocks, dtype=g.dtype)
+  total = jnp.einsum("bnrs,bnre->bnse", reads, g, preferred_element_type=jnp.float32)
+  return total.astype(g.dtype), None
+
+
+take_blocks.defvjp(_take_forward, _take_backward)
+
+
 def pbsa_cudnn(q, k, v, block_ids, block_counts, kv_valid: int, scale: float):
   """See `api.pbsa`; lists only. Returns out in q's dtype."""
   b, t, n, h = q.shape
@@ -34,9 +54,8 @@ def pbsa_cudnn(q, k, v, block_ids, block_counts, kv_valid: int, scale: float):
   ids = jnp.clip(block_ids, 0, k.shape[1] // BLOCK - 1)
 
   def gather(x):  # [B,S,N,H] -> [B N Q, K J, 1, H]
-    x = x.reshape(b, -1, BLOCK, n, h)[:, :, :kv_valid].transpose(0, 3, 1, 2, 4).astype(jnp.float32)
-    x = jax.vmap(jax.vmap(lambda blocks, i: blocks[i]))(x, ids)
-    return x.reshape(b * n * tiles, kmax * kv_valid, 1, h).astype(q.dtype)
+    x = x.reshape(b, -1, BLOCK, n, h)[:, :, :kv_valid].transpose(0, 3, 1, 2, 4).reshape(b, n, -1, kv_valid * h)
+    return take_blocks(x, ids.reshape(b, n, -1)).reshape(b * n * tiles, kmax * kv_valid, 1, h)
 
   rows = q.reshape(b, tiles, TILE, n, h).transpose(0, 3, 1, 2, 4).reshape(b * n * tiles, TILE, 1, h)
   length = (block_counts * kv_valid).reshape(-1)

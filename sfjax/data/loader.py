@@ -8,6 +8,7 @@ from typing import Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 from sfjax.data.digits import DigitsConfig, render, render_mixed
 
@@ -61,6 +62,7 @@ def make_loader(
   seed: int,
   *,
   threads: int = 4,
+  workers: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -71,6 +73,7 @@ def make_loader(
     batch_size: clips of a batch of this process.
     seed: order of the clips.
     threads: batches prepared at once; as many wait ready. NumPy and video decoding free the interpreter.
+    workers: processes that prepare batches, each with its own threads; 0 for threads alone.
     process_index, process_count: this host takes every process_count-th clip, from process_index on.
 
   Returns:
@@ -82,8 +85,15 @@ def make_loader(
   for name, value in (("batch_size", batch_size), ("threads", threads)):
     if value < 1:
       raise ValueError(f"{name}: {value} is not accepted; at least 1")
+  if workers < 0:
+    raise ValueError(f"workers: {workers} is not accepted; 0 or more")
   if not 0 <= process_index < process_count:
     raise ValueError(f"process_index: {process_index} is not accepted; 0..{process_count - 1}")
   clips = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
   batches = clips[process_index::process_count].batch(batch_size, batch_fn=_stack)
-  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+  dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+  if workers:
+    if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags; their defaults will do
+      flags.FLAGS.mark_as_parsed()
+    dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+  return iter(dataset)

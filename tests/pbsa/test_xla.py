@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from pallas_kernels.pbsa import pbsa, validate_lists
+from pallas_kernels.pbsa.cudnn import take_blocks
 from tests.pbsa.oracle import oracle, random_lists
 
 
@@ -137,3 +138,15 @@ def test_validate_lists_names_the_first_bad_tile():
   ids[0, 1, 1] = [3, 1, 4]
   with pytest.raises(ValueError, match=r"ascending at \(batch, head, tile\) = \(0, 1, 1\)"):
     validate_lists(ids, counts, 384)
+
+
+def test_block_gather_of_cudnn_has_the_gradient_of_indexing():
+  rng = np.random.default_rng(13)
+  x, g = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 5, 8), (2, 3, 12, 8)))
+  ids = jnp.asarray(rng.integers(0, 5, (2, 3, 12)), jnp.int32)
+  want = np.zeros_like(x)
+  for b, n, r in np.ndindex(ids.shape):
+    want[b, n, ids[b, n, r]] += g[b, n, r]
+  out, vjp = jax.vjp(lambda x: take_blocks(x, ids), x)
+  np.testing.assert_array_equal(out[1, 2, 7], x[1, 2, ids[1, 2, 7]])
+  np.testing.assert_allclose(vjp(jnp.asarray(g))[0], want, rtol=1e-5, atol=1e-6)  # 12 terms in float32
