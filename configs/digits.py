@@ -30,13 +30,13 @@ def get_config(variant=""):
     Stage(until=0.6, chunks=7, batch=24, dense=dense, p_memory=0.5, hide=(1, 3)),
     Stage(until=1.0, chunks=11, batch=16, dense=dense, p_memory=0.6, hide=(1, 7)),
   )
-  train = TrainConfig(steps=1200, stages=stages, lr=1e-3)
+  train = TrainConfig(steps=1200, stages=stages, optimizer="muon")
   if variant == "base":
     stages = (
       Stage(until=0.75, chunks=1, batch=128, dense=True),
       Stage(until=1.0, chunks=5, batch=24, dense=True, p_memory=0.5, hide=(1, 1)),
     )
-    train = TrainConfig(steps=2600, stages=stages, warmup=200, decay=0.2)
+    train = TrainConfig(steps=2600, stages=stages, optimizer="muon", warmup=200, decay=0.2)
   if variant == "tiny":
     stages = (Stage(0.5, chunks=2, batch=2, dense=True), Stage(1.0, chunks=5, batch=2, p_memory=0.5, hide=(1, 1)))
     train = TrainConfig(steps=8, stages=stages, warmup=2, log_every=2, save_every=2)

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import signal
 import time
 
 import jax
@@ -115,6 +116,24 @@ def train_step(config: Config, stage: Stage, state: dict, frames, words) -> tupl
   return {"step": state["step"] + 1, "params": params, "ema": ema, "opt": opt}, metrics
 
 
+class StopSignal:
+  """While entered, the first Ctrl-C only sets `asked`, so that no step is cut in half; a second one interrupts at once."""
+
+  def __init__(self):
+    self.asked = False
+
+  def _ask(self, *_):
+    self.asked = True
+    signal.signal(signal.SIGINT, self._before)
+
+  def __enter__(self):
+    self._before = signal.signal(signal.SIGINT, self._ask)
+    return self
+
+  def __exit__(self, *_):
+    signal.signal(signal.SIGINT, self._before)
+
+
 def train(config: Config, workdir: str) -> pathlib.Path:
   """Trains to the end, or from the newest checkpoint of `workdir` on; returns the exported model's folder.
 
@@ -142,10 +161,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   checkpoints = Checkpoints(workdir / "checkpoints", t.keep_last, t.keep_every)
   loader_state = None
   if checkpoints.latest() is not None:
-    try:
-      state, meta = checkpoints.restore(state)
-    except ValueError as e:
-      raise UserError(f"--workdir: {workdir} holds checkpoints of another config: {e}") from e
+    state, meta = checkpoints.restore(state)
     loader_state = meta["loader"]
   step = int(state["step"])
   encoder = WordEncoder(config.model.text_len, config.model.text_dim)
@@ -173,9 +189,10 @@ def train(config: Config, workdir: str) -> pathlib.Path:
       last_log = (now, step)
     pending = []
 
-  with writer:
+  stop = StopSignal()
+  with writer, stop:
     try:
-      while step < t.steps:
+      while step < t.steps and not stop.asked:
         if running != t.stage_at(step):
           running = t.stage_at(step)
           stage = t.stages[running]
@@ -194,12 +211,12 @@ def train(config: Config, workdir: str) -> pathlib.Path:
           flush()
         if step % t.save_every == 0 or step == t.steps:
           save()
-    except KeyboardInterrupt:
-      flush()
-      if checkpoints.latest() != step:
-        save()
-      print(f"interrupted: saved step {step} in {workdir / 'checkpoints'}; rerun the same command to go on")
-      raise
+      if stop.asked:
+        flush()
+        if checkpoints.latest() != step:
+          save()
+        print(f"interrupted: saved step {step} in {workdir / 'checkpoints'}; rerun the same command to go on")
+        raise KeyboardInterrupt
     finally:
       checkpoints.close()
   card = run_record(

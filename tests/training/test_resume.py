@@ -1,0 +1,93 @@
+"""A run that is interrupted and resumed ends where the unbroken one ends, bit for bit; a bad loss loses nothing."""
+
+import dataclasses
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sfjax import training
+from sfjax.config import Config, Stage, TrainConfig, load_config, to_dataclass
+from sfjax.errors import UserError
+from sfjax.metrics import MetricWriter
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def config():
+  config = to_dataclass(Config, load_config("configs/digits.py:tiny"))
+  stages = (Stage(0.75, chunks=1, batch=2, dense=True), Stage(1.0, chunks=2, batch=2))
+  return dataclasses.replace(config, train=TrainConfig(STEPS, stages, warmup=2, log_every=1, save_every=10, threads=1))
+
+
+def final_state(config, workdir):
+  like = {"step": jnp.zeros((), jnp.int32), "params": training.init_model(config)}
+  like["ema"] = jax.tree.map(jnp.copy, like["params"])
+  like["opt"] = training.optimizer(config).init(like["params"])
+  with training.Checkpoints(workdir / "checkpoints", 2, 0) as checkpoints:
+    return checkpoints.restore(like)
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("unbroken")
+  training.train(config, workdir)
+  return final_state(config, workdir)
+
+
+def test_ctrl_c_saves_and_the_resumed_run_equals_the_unbroken_one(config, unbroken, tmp_path, monkeypatch, capsys):
+  advance, steps = MetricWriter.advance, []
+
+  def interrupt(self):
+    advance(self)
+    steps.append(1)
+    if len(steps) == 2:
+      signal.raise_signal(signal.SIGINT)
+
+  with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+    m.setattr(MetricWriter, "advance", interrupt)
+    training.train(config, tmp_path)
+  assert f"saved step 2 in {tmp_path / 'checkpoints'}" in capsys.readouterr().out
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  model = training.train(config, tmp_path)
+  assert (model / "params.npz").is_file()
+  state, meta = final_state(config, tmp_path)
+  assert int(state["step"]) == STEPS
+  jax.tree.map(np.testing.assert_array_equal, state, unbroken[0])
+  assert meta["loader"] == unbroken[1]["loader"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
+  step = training.train_step
+
+  def spoiled(config, stage, state, frames, words):
+    new, metrics = step(config, stage, state, frames, words)
+    return new, metrics | {"loss": jnp.where(state["step"] == 2, jnp.nan, metrics["loss"])}
+
+  monkeypatch.setattr(training, "train_step", spoiled)
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, save_every=2))
+  with pytest.raises(UserError, match=r"not finite at step 3; the last good checkpoint is step 2"):
+    training.train(config, tmp_path)
+  state, _ = final_state(config, tmp_path)
+  assert int(state["step"]) == 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
+
+
+def test_only_matrices_decay_and_the_rate_warms_up_and_falls(config):
+  heavy = dataclasses.replace(config, train=dataclasses.replace(config.train, weight_decay=1.0, lr=0.1, warmup=1))
+  params = training.init_model(config)
+  tx = training.optimizer(heavy)
+  state = tx.init(params)
+  zero = jax.tree.map(jnp.zeros_like, params)
+  for _ in range(2):  # the first step of the warm-up has rate 0
+    updates, state = tx.update(zero, state, params)
+  moved = jax.tree_util.tree_map_with_path(
+    lambda path, u, p: (path[-1].key == "kernel", bool(jnp.any(u))), updates, params
+  )
+  for matrix, changed in jax.tree.leaves(moved, is_leaf=lambda x: isinstance(x, tuple)):
+    assert matrix or not changed
+  assert updates["dit"]["head"]["kernel"].shape and np.any(updates["dit"]["patch_embedding"]["kernel"])
+  rate = training.learning_rate(TrainConfig(100, config.train.stages, lr=1.0, warmup=10, decay=0.2))
+  np.testing.assert_allclose([rate(i) for i in (0, 5, 10, 80, 90, 100)], [0, 0.5, 1, 1, 0.525, 0.05], rtol=1e-6)
