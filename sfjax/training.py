@@ -112,7 +112,7 @@ def train_step(config: Config, stage: Stage, state: dict, frames, words) -> tupl
   params = optax.apply_updates(state["params"], updates)
   decay = jnp.minimum(config.train.ema, (1.0 + state["step"]) / (10.0 + state["step"]))
   ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state["ema"], params)
-  metrics["grad_norm"] = optax.global_norm(grads)
+  metrics["grad_norm"] = optax.tree.norm(grads)
   return {"step": state["step"] + 1, "params": params, "ema": ema, "opt": opt}, metrics
 
 
