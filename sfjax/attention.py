@@ -71,17 +71,18 @@ class Parallel(NamedTuple):
 
 
 def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later: int | None = None):
-  """Attends for a whole clip under teacher forcing. G = 2 chunks: the clean stream, then the noisy one.
+  """Attends for a whole clip under teacher forcing: the clean chunks side by side, then the noisy ones.
 
-  Noisy chunk t reads what a rollout reads: P_t, the clean window before t, and itself. The layer input is the layer's rng.
+  Noisy chunk t reads what a rollout reads: P_t, the clean window before t, and itself. So the last chunk may be absent from
+  the clean stream (G = 2 n or 2 n - 1). The layer input is the layer's rng.
   `later`: reads at least so many chunks after a block's own teach the importance head (the window by default).
   """
   layout, n, nb, c = model.layout, chunks, model.layout.blocks, cfg.persistent
   turning = c > 0 and cfg.rope_cap is not None and (n - 1) * model.chunk_frames > cfg.rope_cap
 
   def attend(block, rng, q, k, v):
-    b, _, _, heads, dim = q.shape
-    q, k, v = (layout.pack(x) for x in (q, k, v))  # [B,2n,Sc,N,H]
+    b, streams, _, heads, dim = q.shape
+    q, k, v = (layout.pack(x) for x in (q, k, v))  # [B,G,Sc,N,H]
     q_pooled, k_pooled = pool_queries(q, layout), pool_keys(k, layout)
     plan = _plan(model, cfg, n, block.log_importance, q_pooled, k_pooled, rng, segments=turning)
     flat = lambda x: x.reshape(b, -1, heads, dim)
@@ -94,26 +95,28 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
       keys = jnp.concatenate([keys, turn_forward(gather(keys), delta)], 1)
       values = jnp.concatenate([values, gather(values)], 1)
     out = pbsa(flat(q), keys, values, plan.ids, plan.counts, kv_valid=layout.valid)
-    out = layout.unpack(out.reshape(b, 2 * n, layout.slots, heads, dim))
+    out = layout.unpack(out.reshape(b, streams, layout.slots, heads, dim))
     loss = jnp.zeros(())
     if cfg.importance == "learned":
-      loss = importance_loss(model, later or cfg.window, n, block.log_importance, q_pooled[:, n:], k_pooled[:, :n])
+      loss = importance_loss(model, later or cfg.window, n, block.log_importance, q_pooled[:, -n:], k_pooled[:, :-n])
     return out, plan._replace(importance_loss=loss)
 
   return attend
 
 
 def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segments: bool) -> Parallel:
-  """Every chunk's P and lists from pooled vectors [B,2n,Q|nb,N,H]: the cached rollout's decisions, replayed."""
+  """Every chunk's P and lists from pooled vectors [B,G,Q|nb,N,H]: the cached rollout's decisions, replayed."""
   layout, nb, c, w = model.layout, model.layout.blocks, cfg.persistent, cfg.window
-  b, _, _, heads, dim = k_pooled.shape
-  clean, noisy = k_pooled[:, :n], k_pooled[:, n:]
+  b, streams, _, heads, dim = k_pooled.shape
+  given = streams - n  # clean chunks
+  clean, noisy = k_pooled[:, :given], k_pooled[:, given:]
+  clean = jnp.pad(clean, ((0, 0), (0, n - given), (0, 0), (0, 0), (0, 0)))  # nobody reads an absent last chunk
   total = n * nb
   # Blocks by origin, with the chunks before the first one (invalid) in front and one empty block behind.
   history = jnp.pad(clean.reshape(b, total, heads, dim), ((0, 0), ((w - 1) * nb, 1), (0, 0), (0, 0)))
   key = jax.random.wrap_key_data(rng, impl="threefry2x32")
   tile_ok = jnp.arange(nb) < layout.full_blocks
-  big = (2 * n * nb) + n * c
+  big = streams * nb + n * c
 
   def step(carry, t):
     persistent, p_score, score = carry  # [B,N,C] origins, their scores; window scores [B,N,W nb], oldest chunk first
@@ -131,16 +134,16 @@ def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segme
     valid = (position >= 0) & jnp.tile(tile_ok, w)
     own = jax.lax.dynamic_index_in_dim(noisy, t, 1, keepdims=False)
     noisy_window = jnp.concatenate([window[:, : (w - 1) * nb], own], 1)
-    q_clean, q_noisy = (jax.lax.dynamic_index_in_dim(q_pooled, i, 1, keepdims=False) for i in (t, n + t))
+    q_clean, q_noisy = (jax.lax.dynamic_index_in_dim(q_pooled, i, 1, keepdims=False) for i in (t, given + t))
 
     # Lists over the key array [clean | noisy | P segments].
-    noisy_position = jnp.where(jnp.arange(w * nb) >= (w - 1) * nb, position + total, position)
+    noisy_position = jnp.where(jnp.arange(w * nb) >= (w - 1) * nb, position + given * nb, position)
     lists = []
     for queries, keys, where in ((q_clean, window, position), (q_noisy, noisy_window, noisy_position)):
       index, counts = route_window(cfg, layout, queries, keys, valid, t)
       ids = jnp.append(where, big)[index]
       if c:
-        p_ids = 2 * total + t * c + jnp.arange(c) if segments else persistent
+        p_ids = streams * nb + t * c + jnp.arange(c) if segments else persistent
         p_ids = jnp.where(persistent >= 0, p_ids, big)[:, :, None]
         ids = jnp.concatenate([jnp.broadcast_to(p_ids, (*ids.shape[:3], c)), ids], -1)
         counts = counts + cfg.persistent_count(layout, t)
@@ -173,7 +176,7 @@ def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segme
   _, (persistent, lists) = jax.lax.scan(step, start, jnp.arange(n))
   # [n,B,N,Q,...] of both streams -> rows in the order of q: clean chunks, then noisy ones.
   rows = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, heads, -1, *x.shape[4:])
-  ids, counts = (jnp.concatenate([rows(lists[0][i]), rows(lists[1][i])], 2) for i in (0, 1))
+  ids, counts = (jnp.concatenate([rows(lists[0][i][:given]), rows(lists[1][i])], 2) for i in (0, 1))
   return jax.lax.stop_gradient(Parallel(jnp.moveaxis(persistent, 0, 1), ids, counts, jnp.zeros(())))
 
 
@@ -181,15 +184,15 @@ def importance_loss(model, later: int, n: int, head, q_noisy, k_clean) -> Float[
   """Squared error of the head's log importance against the largest attention a block gets later.
 
   The target is log(y + 1e-3), y the largest dense pooled attention from noisy queries at least `later` chunks after it
-  (sparse_forcing, learned importance). Both q_noisy [B,n,Q,N,H] and k_clean [B,n,nb,N,H] are constants here.
+  (sparse_forcing, learned importance). Both q_noisy [B,n,Q,N,H] and k_clean [B,n or n-1,nb,N,H] are constants here.
   """
   layout, nb = model.layout, model.layout.blocks
   b, _, tiles, heads, dim = q_noisy.shape
   if n <= later:
     return jnp.zeros(())
-  k = k_clean.reshape(b, n * nb, heads, dim)
-  chunk_of_key = jnp.repeat(jnp.arange(n), nb)
-  real = jnp.tile(jnp.arange(nb) < layout.full_blocks, n)
+  k = k_clean[:, : n - 1].reshape(b, (n - 1) * nb, heads, dim)  # nobody reads the last chunk later
+  chunk_of_key = jnp.repeat(jnp.arange(n - 1), nb)
+  real = jnp.tile(jnp.arange(nb) < layout.full_blocks, n - 1)
 
   def reads(best, xs):
     t, q = xs
@@ -198,7 +201,7 @@ def importance_loss(model, later: int, n: int, head, q_noisy, k_clean) -> Float[
     return jnp.maximum(best, jnp.where(chunk_of_key + later <= t, a, 0)), None
 
   best, _ = jax.lax.scan(
-    reads, jnp.zeros((b, heads, n * nb), jnp.float32), (jnp.arange(1, n), jnp.moveaxis(q_noisy[:, 1:], 1, 0))
+    reads, jnp.zeros((b, heads, (n - 1) * nb), jnp.float32), (jnp.arange(1, n), jnp.moveaxis(q_noisy[:, 1:], 1, 0))
   )
   target = jax.lax.stop_gradient(jnp.log(best + 1e-3))
   weight = (real & (chunk_of_key < n - later)).astype(jnp.float32)

@@ -1,6 +1,7 @@
 """The objective: flow matching under teacher forcing, with the native memory switched on.
 
-One forward sees a clip twice: clean chunks, which write the memory, and noisy chunks, which read it as a rollout would.
+One forward sees a clip twice: clean chunks, which write the memory, and noisy chunks, which read it as a rollout would. The
+last clean chunk would be read by nobody and is left out.
 Letters: B clips, n chunks, F latent frames of a chunk, h, w, C a latent frame, M words.
 """
 
@@ -57,8 +58,8 @@ def loss(
 
   # The clean half is noised half the time, so that the model survives its own errors; its timestep tells.
   level = uniform(b, n) * train.context_noise * (uniform(b, 1) < train.p_context_noise)
-  level = jnp.broadcast_to(level[..., None], sigma.shape)
-  context = add_noise(x0, jax.random.normal(next(keys), x0.shape), level)
+  level = jnp.broadcast_to(level[..., None], sigma.shape)[:, :-1]
+  context = add_noise(x0[:, :-1], jax.random.normal(next(keys), x0[:, :-1].shape), level)
 
   words = jnp.where(uniform(b, 1) < train.p_drop_prompt, 0, words)
   text = WordEncoder(model.text_len, model.text_dim).encode(params["text"], words)
@@ -69,12 +70,12 @@ def loss(
     params["dit"],
     jnp.concatenate([context, noisy], 1),
     jnp.concatenate([level, sigma], 1) * TIMESTEPS,
-    jnp.tile(jnp.arange(n), 2),
+    jnp.concatenate([jnp.arange(n - 1), jnp.arange(n)]),
     kv,
     parallel_attention(model, memory, n, later=min(config.memory.window, n)),
     rng,
   )
-  frames = flow_loss(model, out[:, n:], noisy, x0, noise, sigma)
+  frames = flow_loss(model, out[:, n - 1 :], noisy, x0, noise, sigma)
   flow = jnp.where(known, 0.0, frames).sum() / jnp.maximum((~known).sum(), 1)
   aux = plan.importance_loss.mean()
   total = flow + train.importance_weight * aux
