@@ -26,15 +26,14 @@ MEMORY = {
 def get_config(variant=""):
   if variant not in MEMORY:
     raise ValueError(f"unknown variant {variant!r}; accepted are {', '.join(repr(v) for v in MEMORY)}")
-  dense = variant == "dense"
   stages = (
-    Stage(until=0.6, chunks=7, batch=24, dense=dense, p_memory=0.5, hide=(1, 3)),
-    Stage(until=1.0, chunks=11, batch=16, dense=dense, p_memory=0.6, hide=(1, 7)),
+    Stage(until=0.6, chunks=7, batch=24, p_memory=0.5, hide=(1, 3)),
+    Stage(until=1.0, chunks=11, batch=16, p_memory=0.6, hide=(1, 7)),
   )
   train = TrainConfig(steps=1200, stages=stages, optimizer="muon", shift=SHIFT)
   if variant == "base":
     stages = (
-      Stage(until=0.85, chunks=1, batch=128, dense=True),
+      Stage(until=0.7, chunks=1, batch=128, dense=True),
       Stage(until=1.0, chunks=5, batch=24, dense=True, p_memory=0.5, hide=(1, 1)),
     )
     train = TrainConfig(steps=6000, stages=stages, optimizer="muon", shift=SHIFT, warmup=200, decay=0.2)

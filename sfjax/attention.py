@@ -60,13 +60,13 @@ class Parallel(NamedTuple):
 
   Attributes:
     persistent: origins of each chunk's P, [B,n,N,C], -1 where empty.
-    ids, counts: the pbsa lists of all rows, clean chunks first.
+    ids, counts: the pbsa lists of all rows, clean chunks first; None where the memory reads all it has.
     importance_loss: mean squared error of the learned importance head; 0 unless it is in use.
   """
 
   persistent: Int32[Array, "*L B n N C"]
-  ids: Int32[Array, "*L B N Q K"]
-  counts: Int32[Array, "*L B N Q"]
+  ids: Int32[Array, "*L B N Q K"] | None
+  counts: Int32[Array, "*L B N Q"] | None
   importance_loss: Float[Array, "*L"]
 
 
@@ -82,8 +82,15 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
 
   def attend(block, rng, q, k, v):
     b, streams, _, heads, dim = q.shape
-    q, k, v = (layout.pack(x) for x in (q, k, v))  # [B,G,Sc,N,H]
+    rows = q, k, v
+    q, k, v = (layout.pack(x) for x in rows)  # [B,G,Sc,N,H]
     q_pooled, k_pooled = pool_queries(q, layout), pool_keys(k, layout)
+    loss = jnp.zeros(())
+    if cfg.importance == "learned":
+      loss = importance_loss(model, later or cfg.window, n, block.log_importance, q_pooled[:, -n:], k_pooled[:, :-n])
+    if not cfg.selects:
+      nobody = jnp.zeros((b, n, heads, 0), jnp.int32)
+      return _window_attention(cfg, n, *rows), Parallel(nobody, None, None, loss)
     plan = _plan(model, cfg, n, block.log_importance, q_pooled, k_pooled, rng, segments=turning)
     flat = lambda x: x.reshape(b, -1, heads, dim)
     keys, values = flat(k), flat(v)
@@ -96,12 +103,23 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
       values = jnp.concatenate([values, gather(values)], 1)
     out = pbsa(flat(q), keys, values, plan.ids, plan.counts, kv_valid=layout.valid)
     out = layout.unpack(out.reshape(b, streams, layout.slots, heads, dim))
-    loss = jnp.zeros(())
-    if cfg.importance == "learned":
-      loss = importance_loss(model, later or cfg.window, n, block.log_importance, q_pooled[:, -n:], k_pooled[:, :-n])
     return out, plan._replace(importance_loss=loss)
 
   return attend
+
+
+def _window_attention(cfg: MemoryConfig, n: int, q, k, v) -> Float[Array, "B G T N H"]:
+  """The parallel form of a memory that selects nothing: every chunk attends to its whole window, no lists needed."""
+  given = q.shape[1] - n
+  fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2  # no score leaves the chip
+  out = []
+  for row in range(q.shape[1]):
+    t = row - given if row >= given else row
+    before = slice(max(0, t - cfg.window + 1), t)
+    window = (jnp.concatenate([x[:, before], x[:, row : row + 1]], 1) for x in (k, v))
+    k_t, v_t = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in window)
+    out.append(jax.nn.dot_product_attention(q[:, row], k_t, v_t, implementation="cudnn" if fused else "xla"))
+  return jnp.stack(out, 1)
 
 
 def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segments: bool) -> Parallel:

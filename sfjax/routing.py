@@ -60,6 +60,11 @@ class MemoryConfig:
       if not ok:
         raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
 
+  @property
+  def selects(self) -> bool:
+    """Whether a query tile reads less than the whole window, or more (P); else attention needs no lists."""
+    return self.persistent > 0 or self.top_k < 1
+
   def resident_blocks(self, layout: BlockLayout) -> int:
     """R: blocks a layer stores."""
     return self.persistent + self.window * layout.blocks

@@ -2,7 +2,7 @@
 
 Two variants share one renderer. "prompt": coloured digits bounce about, and the caption tells which. "memory": a digit
 enters, parks, is covered by a box for whole chunks and uncovered again; its caption never tells the class, so only what
-the video showed before can. A line at the bottom of the frame counts down to the uncovering.
+the video showed before can. A line at the bottom of the frame counts down to the uncovering. Digits stand on whole pixels.
 
 A clip is made in two steps: `_plan` draws everything that may not depend on a digit's class, and last of all which
 handwriting is shown; `_draw` turns a plan into pixels and ground truth.
@@ -35,6 +35,7 @@ _CHUNK = 12  # pixel frames of every chunk but the first
 _SLIDE = 8  # frames in which a digit enters, and in which the cover slides on or off
 _TAIL = 2  # chunks from the uncovering on: the slide, then at least a chunk of rest
 _MARGIN = 3  # pixels by which the cover exceeds the largest glyph on every side
+_DIRECTIONS = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y])
 _LINE_ROWS = 3
 _LINE_PER_CHUNK = 3.2  # pixels of the countdown for one hidden chunk: the frame's width is 20 chunks
 _LINE_COLOUR = 245
@@ -242,9 +243,9 @@ def _plan(config: DigitsConfig, seed: int, index: int) -> _Plan:
 def _prompt_scene(config: DigitsConfig, rng, sizes) -> dict:
   """Digits that bounce about from the first frame on, and at times a bar in front of them."""
   frames = frames_of_chunks(config.chunks)
-  starts = [rng.uniform(0, SIZE - sizes[0], 2)]
+  starts = [rng.integers(0, SIZE - sizes[0], 2, endpoint=True)]
   for size in sizes[1:]:  # the farthest of a few places, so that digits seldom start on top of each other
-    places = rng.uniform(0, SIZE - size, (8, 2))
+    places = rng.integers(0, SIZE - size, (8, 2), endpoint=True)
     starts.append(places[np.argmax(np.abs(places - starts[0]).max(-1))])
   time = np.arange(frames)[:, None]
   paths = [_fold(at + _velocity(rng) * time, 0, SIZE - size) for at, size in zip(starts, sizes, strict=True)]
@@ -267,30 +268,27 @@ def _memory_scene(config: DigitsConfig, rng, sizes) -> dict:
   arrive, lift = first_frame(start - 1), first_frame(stop)
 
   # the half of the frame is chosen so that the cover over the digit stays inside it, too
-  size, extra = sizes[0], (config.cover_size - sizes[0]) / 2
+  size, extra = sizes[0], -(-(config.cover_size - sizes[0]) // 2)
   mirror = rng.random() < 0.5
-  low, high = np.array([0.0, 0.0]), np.array([SIZE if len(sizes) == 1 else SIZE / 2 - extra, _FLOOR]) - size
+  low, high = np.array([0, 0]), np.array([SIZE if len(sizes) == 1 else SIZE // 2 - extra, _FLOOR]) - size
   sides = ((-1, 0), (0, -1), (0, 1), (1, 0))[: 4 if len(sizes) == 1 else 3]
 
-  # the way along a folded straight line: fast in, at a walk, to a stop, and perhaps slowly on when all is over
-  speed = np.full(frames, rng.uniform(0.5, 1.5))
+  # the way along a folded straight line: fast in, at a walk, to a stop, and perhaps on when all is over
   park = arrive - int(rng.integers(0, 4))
-  speed *= np.clip((park - time) / 8, 0, 1)
   resume = lift + _SLIDE + int(rng.integers(0, 9))
-  speed += rng.uniform(0.2, 0.5) * (rng.random() < 0.5) * np.clip((time - resume) / 4, 0, 1)
-  angle = rng.uniform(0, 2 * np.pi)
-  at = rng.uniform(low, high)
+  speed = (time < park) + (rng.random() < 0.5) * (time >= resume)
+  at = rng.integers(low, high, endpoint=True)
   if entry == 0:
-    heading = np.array([np.cos(angle), np.sin(angle)])
+    heading = _velocity(rng)
   else:
     side = np.array(sides[rng.integers(len(sides))])
     begin = first_frame(entry) + int(rng.integers(0, 3))
     at = np.where(side < 0, -size, np.where(side > 0, SIZE, at))
-    tilt = rng.uniform(-0.7, 0.7)  # sideways pixels per pixel inwards
+    tilt = rng.integers(-1, 1, endpoint=True)  # sideways pixels per pixel inwards
     heading = -side + tilt * side[::-1]
     entering = (time > begin) & (time <= begin + _SLIDE)
     speed = np.where(time <= begin, 0, np.where(entering, (size + _LINE_ROWS + 1) / _SLIDE, speed))
-  way = at + heading * np.cumsum(speed)[:, None]
+  way = at + heading * np.round(np.cumsum(speed))[:, None]
   # a digit on its way in is not folded: on that axis it is still beyond the wall it comes through
   outside = (way < low) & (at < low) | (way > high) & (at > high)
   path = np.where(outside, way, _fold(way, low, high))
@@ -306,9 +304,9 @@ def _memory_scene(config: DigitsConfig, rng, sizes) -> dict:
 
   paths = [path]
   for other in sizes[1:]:
-    room = np.array([SIZE / 2, _FLOOR]) - other
-    walk = rng.uniform(0, room) + _velocity(rng) * time[:, None]
-    paths.append(_fold(walk, 0, room) + [SIZE / 2, 0])
+    room = np.array([SIZE // 2, _FLOOR]) - other
+    walk = rng.integers(0, room, endpoint=True) + _velocity(rng) * time[:, None]
+    paths.append(_fold(walk, 0, room) + [SIZE // 2, 0])
   if mirror:
     paths = [np.stack([SIZE - s - p[:, 0], p[:, 1]], 1) for p, s in zip(paths, sizes, strict=True)]
     cover_path = np.stack([SIZE - edge - cover_path[:, 0], cover_path[:, 1]], 1)
@@ -334,10 +332,9 @@ def _timeline(config: DigitsConfig, rng) -> tuple[int, int, int]:
   return entry, start, start + hide
 
 
-def _velocity(rng) -> Float[np.ndarray, " 2"]:
-  """0.5..1.5 pixels a frame in any direction."""
-  angle = rng.uniform(0, 2 * np.pi)
-  return rng.uniform(0.5, 1.5) * np.array([np.cos(angle), np.sin(angle)])
+def _velocity(rng) -> Int[np.ndarray, " 2"]:
+  """One of eight directions at a pixel a frame on each axis: a latent (4 frames) later, exactly one token (4 pixels) on."""
+  return _DIRECTIONS[rng.integers(len(_DIRECTIONS))]
 
 
 def _fold(way: Float[np.ndarray, "F 2"], low, high) -> Float[np.ndarray, "F 2"]:
