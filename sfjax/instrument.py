@@ -7,24 +7,19 @@ what was learnt. The network saw train-split handwriting only, and half digits, 
 Letters: B frames, S rows and columns of a frame, C of a crop, K classes (ten digits, then "none").
 """
 
-import argparse
 import functools
-import math
 import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
-from PIL import Image
 
 from sfjax import checkpoint
-from sfjax.data import digits, handwriting
+from sfjax.data import handwriting
 from sfjax.data.digits import COLOURS
-from sfjax.errors import command
 
 SHIPPED = pathlib.Path(__file__).parent.parent / "checkpoints" / "classifier.npz"
 NONE = handwriting.CLASSES
