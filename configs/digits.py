@@ -11,7 +11,8 @@ from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
 
-SPARSE = MemoryConfig(window=2, persistent=16, top_k=0.25, importance="learned", rope_cap=42)
+# rope_cap: the largest age of a block in training's longest clips
+SPARSE = MemoryConfig(window=2, persistent=16, top_k=0.25, importance="learned", rope_cap=30)
 SHIFT = 15.0  # large bright shapes, the same in nine frames: they are decided above sigma 0.9 (NOTES.md)
 MEMORY = {
   "": SPARSE,
@@ -30,17 +31,17 @@ def get_config(variant=""):
     Stage(until=0.6, chunks=7, batch=24, p_memory=0.5, hide=(1, 3)),
     Stage(until=1.0, chunks=11, batch=16, p_memory=0.6, hide=(1, 7)),
   )
-  train = TrainConfig(steps=1200, stages=stages, optimizer="muon", shift=SHIFT)
+  train = TrainConfig(steps=1200, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT)
   if variant == "base":
     stages = (
       Stage(until=0.7, chunks=1, batch=128, dense=True),
       Stage(until=1.0, chunks=5, batch=24, dense=True, p_memory=0.5, hide=(1, 1)),
     )
-    train = TrainConfig(steps=6000, stages=stages, optimizer="muon", shift=SHIFT, warmup=200, decay=0.2)
+    train = TrainConfig(steps=6000, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT, warmup=200, decay=0.2)
   if variant == "tiny":
     stages = (Stage(0.5, chunks=2, batch=2, dense=True), Stage(1.0, chunks=5, batch=2, p_memory=0.5, hide=(1, 1)))
     train = TrainConfig(steps=8, stages=stages, warmup=2, log_every=2, save_every=2)
-  model = ModelConfig.digits()
+  model = ModelConfig.digits(remat="dots")
   if variant == "tiny":
     model = ModelConfig.digits(dim=64, layers=2, heads=1, ffn_dim=64, dtype="float32")
   return to_config_dict(

@@ -165,7 +165,8 @@ def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segme
         p_ids = jnp.where(persistent >= 0, p_ids, big)[:, :, None]
         ids = jnp.concatenate([jnp.broadcast_to(p_ids, (*ids.shape[:3], c)), ids], -1)
         counts = counts + cfg.persistent_count(layout, t)
-      lists.append((jnp.sort(ids, -1).astype(jnp.int32), counts))
+      # P and its unused budget share full_k + C entries, so the rest of a sorted list is never read
+      lists.append((jnp.sort(ids, -1)[..., : cfg.full_k(layout) + c].astype(jnp.int32), counts))
 
     # The commit pass: new scores of the residents.
     resident, ok = window, jnp.broadcast_to(valid, (b, heads, w * nb))

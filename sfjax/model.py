@@ -152,7 +152,7 @@ class Block(nnx.Module):
     self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, cfg.dim), dtype) * cfg.dim**-0.5)
     if cfg.importance_head:
       self.importance_kernel = nnx.Param(jnp.zeros((cfg.heads, cfg.head_dim), jnp.float32))
-      self.importance_bias = nnx.Param(jnp.zeros((cfg.heads,), jnp.float32))
+      self.importance_bias = nnx.Param(jnp.full((cfg.heads,), -4.0, jnp.float32))  # the log of a typical attention
 
   def log_importance(self, k_pooled: Float[Array, "B K N H"]) -> Float[Array, "B N K"]:
     """Predicted log of the largest attention a block will get later; pooled keys are constants to it."""

@@ -13,18 +13,22 @@ from sfjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class WordEncoder:
-  """Words to vectors. Rows past a caption's end are zero, so the empty caption is all zeros."""
+  """Words to vectors: each row knows its word, the word before it ("red" of "red 3") and its place.
+
+  Rows past a caption's end are zero, so the empty caption is all zeros.
+  """
 
   length: int
   dim: int
   words: tuple[str, ...] = WORDS
 
   def init(self, seed: int) -> dict:
-    """Random embeddings of words (0 pads) and positions."""
-    a, b = jax.random.split(jax.random.key(seed))
+    """Random embeddings of words (0 pads), of the word before (0 starts) and of positions."""
+    word, before, position = jax.random.split(jax.random.key(seed), 3)
     return {
-      "word": jax.random.normal(a, (len(self.words) + 1, self.dim)),
-      "position": jax.random.normal(b, (self.length, self.dim)) * 0.5,
+      "word": jax.random.normal(word, (len(self.words) + 1, self.dim)),
+      "before": jax.random.normal(before, (len(self.words) + 1, self.dim)),
+      "position": jax.random.normal(position, (self.length, self.dim)) * 0.5,
     }
 
   def tokens(self, captions: list[str], flag: str = "--prompt") -> Int32[np.ndarray, "B M"]:
@@ -42,4 +46,6 @@ class WordEncoder:
 
   def encode(self, params: dict, ids: Int32[Array, "B M"]) -> Float[Array, "B M E"]:
     """Vectors for the DiT's cross-attention."""
-    return jnp.where((ids > 0)[..., None], params["word"][ids] + params["position"], 0.0)
+    before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)))
+    rows = params["word"][ids] + params["before"][before] + params["position"]
+    return jnp.where((ids > 0)[..., None], rows, 0.0)

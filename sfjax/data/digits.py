@@ -2,7 +2,8 @@
 
 Two variants share one renderer. "prompt": coloured digits bounce about, and the caption tells which. "memory": a digit
 enters, parks, is covered by a box for whole chunks and uncovered again; its caption never tells the class, so only what
-the video showed before can. A line at the bottom of the frame counts down to the uncovering. Digits stand on whole pixels.
+the video showed before can. A line at the bottom of the frame counts down to the uncovering. Digits walk
+a pixel a frame and turn on the grid of tokens: a latent frame later their pixels are a neighbouring token's, bounce or not.
 
 A clip is made in two steps: `_plan` draws everything that may not depend on a digit's class, and last of all which
 handwriting is shown; `_draw` turns a plan into pixels and ground truth.
@@ -31,10 +32,12 @@ COLOURS = {
 WORDS = ("a", "and", "digit", *COLOURS, *(str(label) for label in range(handwriting.CLASSES)))
 VARIANTS = ("prompt", "memory")
 
+_TOKEN = 4  # pixels of a token, and frames of a latent
 _CHUNK = 12  # pixel frames of every chunk but the first
 _SLIDE = 8  # frames in which a digit enters, and in which the cover slides on or off
 _TAIL = 2  # chunks from the uncovering on: the slide, then at least a chunk of rest
 _MARGIN = 3  # pixels by which the cover exceeds the largest glyph on every side
+_WAY_IN = 32  # pixels from outside the frame to full view: a token a frame
 _DIRECTIONS = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y])
 _LINE_ROWS = 3
 _LINE_PER_CHUNK = 3.2  # pixels of the countdown for one hidden chunk: the frame's width is 20 chunks
@@ -241,14 +244,15 @@ def _plan(config: DigitsConfig, seed: int, index: int) -> _Plan:
 
 
 def _prompt_scene(config: DigitsConfig, rng, sizes) -> dict:
-  """Digits that bounce about from the first frame on, and at times a bar in front of them."""
+  """Digits that bounce about from the first frame on, two of them each in its half, and at times a bar in front of them."""
   frames = frames_of_chunks(config.chunks)
-  starts = [rng.integers(0, SIZE - sizes[0], 2, endpoint=True)]
-  for size in sizes[1:]:  # the farthest of a few places, so that digits seldom start on top of each other
-    places = rng.integers(0, SIZE - size, (8, 2), endpoint=True)
-    starts.append(places[np.argmax(np.abs(places - starts[0]).max(-1))])
-  time = np.arange(frames)[:, None]
-  paths = [_fold(at + _velocity(rng) * time, 0, SIZE - size) for at, size in zip(starts, sizes, strict=True)]
+  time, axis, paths = np.arange(frames)[:, None], int(rng.integers(2)), []
+  for i, size in enumerate(sizes):
+    low, room = np.zeros(2, np.int64), np.full(2, SIZE - size)
+    if len(sizes) == 2:
+      low[axis], room[axis] = i * SIZE // 2, SIZE // 2 - size
+    high = low + _on_grid(room)
+    paths.append(_fold(_place(rng, low, high) + _velocity(rng) * time, low, high))
   cover = None
   if rng.random() < config.p_occluder:
     thick, length = int(rng.integers(9, 15)), int(rng.integers(28, 49))
@@ -270,46 +274,46 @@ def _memory_scene(config: DigitsConfig, rng, sizes) -> dict:
   # the half of the frame is chosen so that the cover over the digit stays inside it, too
   size, extra = sizes[0], -(-(config.cover_size - sizes[0]) // 2)
   mirror = rng.random() < 0.5
-  low, high = np.array([0, 0]), np.array([SIZE if len(sizes) == 1 else SIZE // 2 - extra, _FLOOR]) - size
+  low, high = np.zeros(2, np.int64), _on_grid(np.array([SIZE if len(sizes) == 1 else SIZE // 2 - extra, _FLOOR]) - size)
   sides = ((-1, 0), (0, -1), (0, 1), (1, 0))[: 4 if len(sizes) == 1 else 3]
 
-  # the way along a folded straight line: fast in, at a walk, to a stop, and perhaps on when all is over
-  park = arrive - int(rng.integers(0, 4))
-  resume = lift + _SLIDE + int(rng.integers(0, 9))
-  speed = (time < park) + (rng.random() < 0.5) * (time >= resume)
-  at = rng.integers(low, high, endpoint=True)
+  # the way along a folded straight line: fast in, at a walk, to a stop, and perhaps on when all is over; each part begins
+  # with a latent frame, that is with a pixel frame that is one more than a multiple of four
+  park = arrive - _TOKEN * int(rng.integers(0, 2))
+  resume = lift + _SLIDE + _TOKEN * int(rng.integers(0, 3))
+  speed = ((time < park) + (rng.random() < 0.5) * (time >= resume)) * (time > 0)
+  at = _place(rng, low, high)
   if entry == 0:
     heading = _velocity(rng)
   else:
     side = np.array(sides[rng.integers(len(sides))])
-    begin = first_frame(entry) + int(rng.integers(0, 3))
-    at = np.where(side < 0, -size, np.where(side > 0, SIZE, at))
+    begin = first_frame(entry) - 1 + _TOKEN * int(rng.integers(0, 2))
+    at = np.where(side < 0, _TOKEN - _WAY_IN, np.where(side > 0, SIZE, at))
     tilt = rng.integers(-1, 1, endpoint=True)  # sideways pixels per pixel inwards
     heading = -side + tilt * side[::-1]
     entering = (time > begin) & (time <= begin + _SLIDE)
-    speed = np.where(time <= begin, 0, np.where(entering, (size + _LINE_ROWS + 1) / _SLIDE, speed))
+    speed = np.where(time <= begin, 0, np.where(entering, _WAY_IN / _SLIDE, speed))
   way = at + heading * np.round(np.cumsum(speed))[:, None]
   # a digit on its way in is not folded: on that axis it is still beyond the wall it comes through
   outside = (way < low) & (at < low) | (way > high) & (at > high)
   path = np.where(outside, way, _fold(way, low, high))
 
+  paths = [path]
+  for other in sizes[1:]:
+    near = np.array([SIZE // 2, 0])
+    far = near + _on_grid(np.array([SIZE // 2, _FLOOR]) - other)
+    paths.append(_fold(_place(rng, near, far) + _velocity(rng) * time[:, None], near, far))
+  if mirror:
+    paths = [np.stack([_on_grid(SIZE - s) - p[:, 0], p[:, 1]], 1) for p, s in zip(paths, sizes, strict=True)]
+
   # the cover rests on whole pixels, so that it is opaque to the last bit
-  side = np.array(sides[rng.integers(len(sides))])
+  side = np.array(sides[rng.integers(len(sides))]) * ((-1, 1) if mirror else 1)
   edge = config.cover_size
-  rest = np.round(path[arrive] + size / 2 - edge / 2)
+  rest = np.round(paths[0][arrive] + size / 2 - edge / 2)
   away = np.abs(np.where(side < 0, rest + edge, SIZE - rest)) * side
   off = np.clip(1 - (time - arrive + 1) / _SLIDE, 0, 1) + np.clip((time - lift + 1) / _SLIDE, 0, 1)
   cover_path = np.round(rest + away * off[:, None])
   line = (lift - time) * (_LINE_PER_CHUNK / _CHUNK) * ((time >= arrive + _SLIDE - 1) & (time < lift))
-
-  paths = [path]
-  for other in sizes[1:]:
-    room = np.array([SIZE // 2, _FLOOR]) - other
-    walk = rng.integers(0, room, endpoint=True) + _velocity(rng) * time[:, None]
-    paths.append(_fold(walk, 0, room) + [SIZE // 2, 0])
-  if mirror:
-    paths = [np.stack([SIZE - s - p[:, 0], p[:, 1]], 1) for p, s in zip(paths, sizes, strict=True)]
-    cover_path = np.stack([SIZE - edge - cover_path[:, 0], cover_path[:, 1]], 1)
   cover = _Cover((edge, edge), cover_path, int(rng.integers(105, 140)), slice(arrive, min(lift + _SLIDE, frames)))
   entries = (entry,) + (0,) * (len(sizes) - 1)
   return dict(paths=np.stack(paths, 1), entry=entries, cover=cover, line=line, hide=(start, stop))
@@ -330,6 +334,16 @@ def _timeline(config: DigitsConfig, rng) -> tuple[int, int, int]:
   entry = int(rng.choice(entries))
   start = latest if config.hide_fixed else int(rng.integers(_earliest_hidden(entry), latest + 1))
   return entry, start, start + hide
+
+
+def _on_grid(room):
+  """The largest whole number of tokens in so many pixels."""
+  return room // _TOKEN * _TOKEN
+
+
+def _place(rng, low, high) -> Int[np.ndarray, " 2"]:
+  """A random point of the token grid between two of its points."""
+  return low + _TOKEN * rng.integers(0, (high - low) // _TOKEN, endpoint=True)
 
 
 def _velocity(rng) -> Int[np.ndarray, " 2"]:

@@ -154,12 +154,20 @@ def test_boxes_and_visibility_agree_with_the_frames(config):
   assert whole > 40 and (covered > 0 or config is PROMPT)
 
 
+def test_two_digits_of_a_prompt_keep_apart():
+  for index in range(20):
+    boxes = render(dataclasses.replace(PROMPT, chunks=7, min_digits=2), 5, index).boxes
+    apart = np.maximum(boxes[:, 1, :2] - boxes[:, 0, 2:], boxes[:, 0, :2] - boxes[:, 1, 2:]).max(-1)
+    assert (apart >= 0).all()
+
+
 @pytest.mark.parametrize("config", [PROMPT, MEMORY])
-def test_digits_stand_on_whole_pixels_and_walk_a_pixel_a_frame(config):
+def test_digits_walk_a_pixel_a_frame_and_turn_on_the_token_grid(config):
   for index in range(8):
     clip = render(config, 4, index)
     at = clip.boxes[..., :2]
     assert (at == np.round(at)).all()
+    assert (at[::4] % 4 == 0).all()  # pixel frame 4 i ends latent i
     step = np.abs(np.diff(at, axis=0)).max(-1)
     assert np.isin(step, [0, 1]).mean() > 0.9  # the rest: on their way in
     if config is PROMPT:
@@ -183,7 +191,8 @@ def test_timeline_of_the_memory_variant(entry):
     seen.add(int(clip.entry_chunk[0]))
     # hidden for whole chunks and part of the one before
     assert stop - start == clip.hidden_chunks
-    assert first_frame(start) - 8 <= first <= first_frame(start) and first_frame(stop) <= again <= first_frame(stop) + 2
+    # a cover moves 3.5 pixels a frame or more; a thin 1 may lie 12 pixels within it
+    assert first_frame(start) - 8 <= first <= first_frame(start) and first_frame(stop) <= again <= first_frame(stop) + 3
     assert (visible[first:again] == 0).all() and visible[first - 1] > 0 and visible[again] > 0
     assert [c for c in range(MEMORY.chunks) if (visible[chunks == c] == 0).all() and c > clip.entry_chunk[0]] == list(
       range(start, stop)
