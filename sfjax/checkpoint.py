@@ -180,24 +180,24 @@ def export(directory, params: dict, config: dict, card: dict) -> None:
   shutil.rmtree(old, ignore_errors=True)
 
 
-def _steps(directory) -> pathlib.Path | None:
+def _steps(directory, flag: str) -> pathlib.Path | None:
   """The folder of a training run's steps, if `directory` is one or holds one, and is no model folder."""
   directory = pathlib.Path(directory)
   if not directory.is_dir():
-    raise UserError(f"--checkpoint: {directory} is not a folder")
+    raise UserError(f"{flag}: {directory} is not a folder")
   if (directory / "config.json").is_file():
     return None
   for folder in (directory, directory / "checkpoints"):
     if folder.is_dir() and ocp.utils.checkpoint_steps(folder):
       return folder
   raise UserError(
-    f"--checkpoint: {directory} holds no model; want a folder with config.json and params.npz, or a training run's"
+    f"{flag}: {directory} holds no model; want a folder with config.json and params.npz, or a training run's"
   )
 
 
-def load_config(directory) -> dict:
+def load_config(directory, flag: str = "--checkpoint") -> dict:
   """The config that a model folder or a training run carries. Raises UserError if it is absent or damaged."""
-  steps = _steps(directory)
+  steps = _steps(directory, flag)
   if steps:
     with Checkpoints(steps) as checkpoints:
       return checkpoints.meta()["config"]
@@ -205,19 +205,19 @@ def load_config(directory) -> dict:
   try:
     config = json.loads(file.read_text())
   except ValueError as e:
-    raise UserError(f"--checkpoint: {file} is damaged: {e}") from e
+    raise UserError(f"{flag}: {file} is damaged: {e}") from e
   if not isinstance(config, dict):
-    raise UserError(f"--checkpoint: {file} is damaged: not a JSON object")
+    raise UserError(f"{flag}: {file} is damaged: not a JSON object")
   return config
 
 
-def load_params(directory, like: dict) -> dict:
+def load_params(directory, like: dict, flag: str = "--checkpoint") -> dict:
   """Weights of a model folder or a training run in the structure and dtypes of `like` (shapes suffice).
 
   Raises:
     UserError: absent or damaged, or of another config (names the first array that differs).
   """
-  steps = _steps(directory)
+  steps = _steps(directory, flag)
   if steps:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(steps) as checkpoints:
@@ -229,6 +229,6 @@ def load_params(directory, like: dict) -> dict:
   shapes = lambda leaves: {name: str(list(x.shape)) for name, x in leaves.items()}
   wrong = _first_difference(shapes(arrays), shapes(want))
   if wrong:
-    raise UserError(f"--checkpoint: {directory}: {wrong}")
+    raise UserError(f"{flag}: {directory}: {wrong}")
   values = [jnp.asarray(arrays[name].astype(x.dtype)) for name, x in want.items()]
   return jax.tree.unflatten(jax.tree.structure(like), values)

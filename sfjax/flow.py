@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from sfjax.model import ModelConfig
 
 TIMESTEPS = 1000.0
-_MIN_SIGMA = 0.1  # an x0-predicting network's velocity is (x - x0) / sigma: bounded near sigma = 0
+_MIN_SIGMA = 0.1  # an x0-predicting network's velocity error is its x0 error over sigma: bounded near sigma = 0
 SAMPLERS = ("euler", "few_step")
 
 
@@ -70,8 +70,8 @@ def to_x0(model: ModelConfig, out: Float[Array, "*B h w C"], x: Float[Array, "*B
 
 
 def to_velocity(model: ModelConfig, out, x, sigma):
-  """noise - x0, the direction in which sigma grows."""
-  return out if model.prediction == "flow" else (x - out) / jnp.maximum(_expand(sigma, x), _MIN_SIGMA)
+  """noise - x0, the direction in which sigma grows; sigma > 0."""
+  return out if model.prediction == "flow" else (x - out) / _expand(sigma, x)
 
 
 def flow_loss(

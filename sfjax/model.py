@@ -52,6 +52,21 @@ class ModelConfig:
   param_dtype: str = "float32"
   remat: str = "none"
 
+  def __post_init__(self):
+    for name, ok, want in (
+      (
+        "heads",
+        self.heads > 0 and self.dim % (2 * self.heads) == 0,
+        f"a number that splits {self.dim} into even parts",
+      ),
+      ("prediction", self.prediction in ("flow", "x0"), "flow or x0"),
+      ("remat", self.remat in ("none", "full", "dots"), "none, full or dots"),
+      ("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
+    ):
+      if not ok:
+        raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
+    _ = self.layout  # refuses a patch or tile that does not divide
+
   @property
   def head_dim(self) -> int:
     return self.dim // self.heads
@@ -268,8 +283,6 @@ def _remat(fn, policy: str):
   if policy == "none":
     return fn
   policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-  if policy not in policies:
-    raise ValueError(f"remat: {policy!r}; accepted are none, full, dots")
   return jax.checkpoint(fn, policy=policies[policy])
 
 

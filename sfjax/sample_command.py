@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import pathlib
 import time
 
@@ -10,8 +11,9 @@ import numpy as np
 
 from sfjax import checkpoint, sampling
 from sfjax.config import to_dict
-from sfjax.data.digits import chunk_of_frame
+from sfjax.data.digits import chunk_of_frame, first_frame
 from sfjax.errors import UserError
+from sfjax.memory import KVMemory
 from sfjax.runlog import latency, make_folder, peak_memory, run_record, write_json_atomic
 
 
@@ -26,7 +28,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   p.add_argument("--checkpoint", default=str(sampling.SHIPPED), help="model folder (it carries its config)")
   p.add_argument("--prompt", action="append", help="what the video shows; repeat for several videos")
   p.add_argument("--prompt_file", help="a text file, one prompt a line")
-  p.add_argument("--prompt_schedule", help='prompts that change on the way: "0: a red 3; 2.5: a blue 7"')
+  p.add_argument("--prompt_schedule", help='prompts by seconds of this run: "0: a red 3; 2.5: a blue 7"')
   p.add_argument("--seconds", type=float, default=5.0)
   p.add_argument("--steps", type=int, help="denoising steps per chunk")
   p.add_argument("--guidance", type=float, help="classifier-free guidance weight; 1 is off")
@@ -35,14 +37,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
   p.add_argument("--attention", default="sparse", choices=sampling.ATTENTION)
   p.add_argument("--image", help="first frame")
   p.add_argument("--video", help="a video to continue; it opens the result")
-  p.add_argument("--save_state", help="file for the rollout's state, to go on later")
+  p.add_argument("--save_state", help="file for the state, to go on later; ends with a whole chunk")
   p.add_argument("--continue_state", help="file written by --save_state")
   p.add_argument("--device", choices=("cpu", "gpu"), help="default: a GPU if there is one")
   a = p.parse_args(argv)
   if not 0 < a.seconds <= 24 * 3600:
-    raise UserError(f"--seconds: {a.seconds:g}; want more than 0")
+    raise UserError(f"--seconds: {a.seconds:g}; want more than 0 and at most {24 * 3600}")
   if not 0 <= a.seed < 2**31:
     raise UserError(f"--seed: {a.seed}; want 0..2147483647")
+  if a.guidance is not None and not 0 <= a.guidance < math.inf:
+    raise UserError(f"--guidance: {a.guidance:g}; want 0 or more")
   if a.image and a.video:
     raise UserError("--image: not together with --video")
   if a.continue_state and (a.image or a.video):
@@ -50,21 +54,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
   a.prompts = _prompts(a)
   if (a.continue_state or a.save_state) and len(a.prompts) > 1:
     raise UserError("--save_state, --continue_state: one prompt at a time")
+  if a.save_state and (pathlib.Path(a.save_state).is_dir() or not pathlib.Path(a.save_state).parent.is_dir()):
+    raise UserError(f"--save_state: {a.save_state} is not a file in a folder that exists")
   return a
 
 
 def _prompts(a) -> list[str]:
-  prompts = list(a.prompt or [])
+  """One prompt for each video; sets `a.texts`, all texts by the flag they came with, and `a.schedule`."""
+  a.texts, a.schedule = {"--prompt": list(a.prompt or [])}, {}
   if a.prompt_file:
     try:
       lines = pathlib.Path(a.prompt_file).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as e:
       raise UserError(f"--prompt_file: {a.prompt_file} cannot be read as text") from e
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
+    a.texts["--prompt_file"] = [line.strip() for line in lines if line.strip()]
+    if not a.texts["--prompt_file"]:
       raise UserError(f"--prompt_file: {a.prompt_file} is empty; want one prompt a line")
-    prompts += found
-  a.schedule = {}
+  prompts = sum(a.texts.values(), [])
   if a.prompt_schedule:
     if prompts:
       raise UserError("--prompt_schedule: not together with --prompt or --prompt_file")
@@ -73,8 +79,9 @@ def _prompts(a) -> list[str]:
       a.schedule = {float(when): text.strip() for when, text in parts}
     except ValueError as e:
       raise UserError(f'--prompt_schedule: {a.prompt_schedule!r}; want "0: prompt; 2.5: prompt"') from e
-    if 0 not in a.schedule or min(a.schedule) < 0:
-      raise UserError("--prompt_schedule: the first prompt starts at 0 seconds")
+    if 0 not in a.schedule or not all(0 <= s < math.inf for s in a.schedule):
+      raise UserError("--prompt_schedule: want times of 0 seconds or more, the first prompt at 0")
+    a.texts["--prompt_schedule"] = list(a.schedule.values())
     prompts = [a.schedule[0]]
   return prompts or ["a red 3 and a blue 7"]
 
@@ -82,29 +89,41 @@ def _prompts(a) -> list[str]:
 def run(argv: list[str]) -> None:
   """Samples every prompt and writes NN.mp4, NN.png and run.json into --out."""
   a = parse(argv)
-  if a.device:
-    try:
-      jax.config.update("jax_default_device", jax.devices(a.device)[0])
-    except RuntimeError as e:
-      raise UserError(f"--device: no {a.device} here; this machine has {jax.default_backend()}") from e
+  if a.device == "cpu":
+    jax.config.update("jax_platforms", "cpu")  # before anything asks for a device, so that no part sees a GPU
+  try:
+    jax.devices(a.device)
+  except RuntimeError as e:
+    raise UserError(f"--device: no {a.device} here; this machine has {jax.default_backend()}") from e
   from sfjax.video import ContactSheet, VideoWriter, read_image, read_video  # after the flags: it loads FFmpeg
 
   began = time.perf_counter()
   sampler = sampling.Sampler(a.checkpoint, a.attention, a.steps, a.guidance)
-  sampler.encoder.tokens([*a.prompts, *a.schedule.values()])
-  fps, prefix = sampler.fps, None
+  for flag, texts in a.texts.items():
+    sampler.encoder.tokens(texts, flag)
+  fps, prefix, state = sampler.fps, None, None
   if a.image:
     prefix = read_image(a.image, sampler.size)[None, None]
   if a.video:
     prefix = read_video(a.video, fps, sampler.size)[None]
+  if a.continue_state:
+    fresh = sampler.start(a.prompts, a.seed)
+    state, told = _load_state(a.continue_state, fresh)
+    if any(a.texts.values()):  # another prompt, or the same one again
+      state = state.replace(cross_k=fresh.cross_k, cross_v=fresh.cross_v)
+    else:
+      a.prompts = [told]
+  done = int(state.chunk[0]) if state else 0
+  behind = first_frame(done)  # frames of the video that are made already
   frames = max(1, round(a.seconds * fps))
-  schedule = {chunk_of_frame(round(s * fps)): [text] for s, text in a.schedule.items() if s > 0}
+  if a.save_state:  # what the state knows is in the video, so that nothing is lost between the two
+    frames = first_frame(chunk_of_frame(behind + frames - 1) + 1) - behind
+  schedule = {chunk_of_frame(behind + round(s * fps)): [text] for s, text in sorted(a.schedule.items()) if s > 0}
   out = make_folder(a.out, "--out")
+  whole_chunk = first_frame(2) - first_frame(1)
   videos = []
   for i, prompt in enumerate(a.prompts):
-    memory = sampler.start([prompt], a.seed)
-    if a.continue_state:
-      memory = _load_state(a.continue_state, memory)
+    memory = state or sampler.start([prompt], a.seed)
     times, sheet, start = [], ContactSheet(fps), time.perf_counter()
     first = None
     with VideoWriter(out / f"{i:02d}.mp4", fps, scale=4 if sampler.size[0] <= 128 else 1) as writer:
@@ -116,7 +135,9 @@ def run(argv: list[str]) -> None:
     total = time.perf_counter() - start
     sheet.save(out / f"{i:02d}.png")
     if a.save_state:
-      checkpoint.save_arrays(a.save_state, checkpoint.flatten(dict(vars(memory))))
+      told = [text for chunk, (text,) in schedule.items() if chunk < int(memory.chunk[0])]
+      arrays = checkpoint.flatten(dict(vars(memory))) | {"prompt": np.array([prompt, *told][-1])}
+      checkpoint.save_arrays(a.save_state, arrays)
     videos.append(
       {
         "prompt": prompt,
@@ -124,7 +145,8 @@ def run(argv: list[str]) -> None:
         "seconds": round(total, 3),
         "first_frame": round(first, 3),
         "fps_end_to_end": round(frames / total, 2),
-        "chunk_times": latency(times) if times else None,
+        "fps_denoiser": round(whole_chunk / np.median([t for t, _ in times[1:] or times]), 2) if times else None,
+        "chunk_times": latency([t for _, t in times]) if times else None,
       }
     )
     print(f"{out / f'{i:02d}.mp4'}  {frames} frames in {total:.1f} s  {prompt!r}")
@@ -140,9 +162,14 @@ def run(argv: list[str]) -> None:
   write_json_atomic(out / "run.json", json.loads(json.dumps(record, default=str)))
 
 
-def _load_state(path: str, like):
-  arrays = checkpoint.load_arrays(path)
+def _load_state(path: str, like: KVMemory) -> tuple[KVMemory, str]:
+  """A memory saved by --save_state, shaped and typed as `like`, and the prompt it was made with."""
+  try:
+    arrays = checkpoint.load_arrays(path)
+  except UserError as e:
+    raise UserError(f"--continue_state: {e}") from e
   for name, value in vars(like).items():
     if name not in arrays or arrays[name].shape != value.shape:
-      raise UserError(f"--continue_state: {path} does not fit this model and --attention ({name})")
-  return like.replace(**{name: jax.numpy.asarray(arrays[name]) for name in vars(like)})
+      raise UserError(f"--continue_state: {path} does not fit this model, --attention and --guidance ({name})")
+  put = lambda name, value: jax.numpy.asarray(arrays[name].astype(value.dtype))
+  return like.replace(**{name: put(name, value) for name, value in vars(like).items()}), str(arrays.get("prompt", ""))

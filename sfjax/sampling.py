@@ -89,7 +89,7 @@ class Sampler:
     samples: list[int],
     prefix: UInt8[np.ndarray, "B F h w 3"] | None = None,
     schedule: dict[int, list[str]] | None = None,
-    seconds: list[float] | None = None,
+    seconds: list[tuple[float, float]] | None = None,
   ) -> Iterator[tuple[UInt8[np.ndarray, "B F h w 3"], KVMemory]]:
     """Frames chunk by chunk, with the memory after each chunk. The memory passed in is consumed.
 
@@ -98,7 +98,7 @@ class Sampler:
       samples: index of every video of the batch, for its noise.
       prefix: real frames the video starts with (1 + 4 n of them are used).
       schedule: chunk -> prompts from that chunk on.
-      seconds: receives the time of every generated chunk.
+      seconds: receives, for every generated chunk, the time until its latents and memory, and until its pixels.
     """
     model = self.config.model
     f, key, dit = model.chunk_frames, jax.random.key(seed), self.params["dit"]
@@ -123,9 +123,11 @@ class Sampler:
         latents, memory = self.programs.chunk(
           dit, memory, key, jnp.asarray(samples, jnp.int32), known, jnp.arange(f) < part.shape[1]
         )
+      jax.block_until_ready((latents, memory))
+      denoised = time.perf_counter() - began
       pixels = np.asarray(self._decode(latents, chunk == 0))
       if seconds is not None and part.shape[1] < f:
-        seconds.append(time.perf_counter() - began)
+        seconds.append((denoised, time.perf_counter() - began))
       pixels = pixels[:, : frames - made]
       made += pixels.shape[1]
       chunk += 1

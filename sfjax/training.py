@@ -1,6 +1,7 @@
 """The training loop, read top to bottom: stages of clips, one jitted step, logs, checkpoints, resume by rerunning."""
 
 import functools
+import json
 import pathlib
 import signal
 import time
@@ -9,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sfjax import rollout
 from sfjax.checkpoint import Checkpoints, export, load_params
 from sfjax.codec import DigitsCodec
 from sfjax.config import Config, Stage, TrainConfig, to_dict
-from sfjax.data.digits import DigitsConfig, frames_of_chunks
+from sfjax.data.digits import SIZE, DigitsConfig, frames_of_chunks
 from sfjax.data.loader import DigitsSource, make_loader
 from sfjax.data.video_folder import VideoFolder
 from sfjax.errors import UserError
@@ -25,6 +27,10 @@ from sfjax.runlog import make_folder, peak_memory, run_record, write_json_atomic
 from sfjax.text import WordEncoder
 
 _DATA_SEED = 1000  # clips of stage i come from stream 1000 * seed + i
+# What a rerun may change: how long, how often, how many helpers; the rest would make it another experiment.
+_FREE = {
+  f"train.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "keep_every", "threads", "workers")
+}
 
 
 def abstract_model(config: Config) -> dict:
@@ -36,7 +42,7 @@ def abstract_model(config: Config) -> dict:
 def init_model(config: Config) -> dict:
   """Fresh parameters, or those of the folder `train.init`."""
   if config.train.init:
-    return load_params(config.train.init, abstract_model(config))
+    return load_params(config.train.init, abstract_model(config), "config.train.init")
   seed = config.train.seed
   encoder = WordEncoder(config.model.text_len, config.model.text_dim)
   return {"dit": rollout.init_params(config.model, seed), "text": encoder.init(seed)}
@@ -45,17 +51,30 @@ def init_model(config: Config) -> dict:
 def clips(config: Config, stage: Stage):
   """The stage's source of clips."""
   data, frames = config.data, frames_of_chunks(stage.chunks)
+  size = tuple(n * DigitsCodec().space for n in config.model.latent_size)
   if data.source == "folder":
-    size = tuple(n * DigitsCodec().space for n in config.model.latent_size)
+    if not data.path:
+      raise UserError("config.data.path: ''; want the folder of the videos")
     return VideoFolder(data.path, size, data.fps, frames)
   if data.source != "digits":
     raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder")
+  if size != (SIZE, SIZE):
+    want = SIZE // DigitsCodec().space
+    raise UserError(f"config.model.latent_size: {config.model.latent_size}; digits want ({want}, {want})")
   mix = (1 - data.colour_only - data.none, data.colour_only, data.none)
   prompt = DigitsConfig(chunks=stage.chunks, caption_mix=mix)
   memory = None
   if stage.p_memory:
     memory = DigitsConfig(variant="memory", chunks=stage.chunks, hide_chunks=((1.0, *stage.hide),))
   return DigitsSource(prompt, memory, stage.p_memory, config.train.seed)
+
+
+def check_same_experiment(workdir, old: dict, new: dict) -> None:
+  """Raises UserError, naming the first key, if a rerun's config differs in more than how long and how often."""
+  old, new = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
+  for key in sorted(old.keys() | new.keys()):
+    if old.get(key) != new.get(key) and key not in _FREE:
+      raise UserError(f"--workdir: {workdir} holds a run with config.{key} = {old.get(key)!r}, not {new.get(key)!r}")
 
 
 def learning_rate(t: TrainConfig) -> optax.Schedule:
@@ -161,6 +180,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   checkpoints = Checkpoints(workdir / "checkpoints", t.keep_last, t.keep_every)
   loader_state = None
   if checkpoints.latest() is not None:
+    check_same_experiment(workdir, checkpoints.meta()["config"], json.loads(json.dumps(to_dict(config))))
     state, meta = checkpoints.restore(state)
     loader_state = meta["loader"]
   step = int(state["step"])

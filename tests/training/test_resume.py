@@ -1,6 +1,7 @@
 """A run that is interrupted and resumed ends where the unbroken one ends, bit for bit; a bad loss loses nothing."""
 
 import dataclasses
+import json
 import signal
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from sfjax import training
-from sfjax.config import Config, Stage, TrainConfig, load_config, to_dataclass
+from sfjax.config import Config, DataConfig, Stage, TrainConfig, load_config, to_dataclass, to_dict
 from sfjax.errors import UserError
 from sfjax.metrics import MetricWriter
+from sfjax.model import ModelConfig
 
 STEPS = 4
 
@@ -91,3 +93,30 @@ def test_only_matrices_decay_and_the_rate_warms_up_and_falls(config):
   assert updates["dit"]["head"]["kernel"].shape and np.any(updates["dit"]["patch_embedding"]["kernel"])
   rate = training.learning_rate(TrainConfig(100, config.train.stages, lr=1.0, warmup=10, decay=0.2))
   np.testing.assert_allclose([rate(i) for i in (0, 5, 10, 80, 90, 100)], [0, 0.5, 1, 1, 0.525, 0.05], rtol=1e-6)
+
+
+def test_a_rerun_may_change_how_long_and_how_often_but_not_the_experiment(config, unbroken, tmp_path):
+  old = unbroken[1]["config"]
+  change = lambda **kw: to_dict(dataclasses.replace(config, train=dataclasses.replace(config.train, **kw)))
+  plain = lambda c: json.loads(json.dumps(c))
+  training.check_same_experiment(tmp_path, old, plain(change(steps=9, save_every=3, workers=2)))
+  with pytest.raises(UserError, match=r"holds a run with config.train.lr = 0.001, not 0.5"):
+    training.check_same_experiment(tmp_path, old, plain(change(lr=0.5)))
+  with pytest.raises(UserError, match=r"config.train.stages = .*'batch': 2.*not .*'batch': 4"):
+    stages = (dataclasses.replace(config.train.stages[0], batch=4), config.train.stages[1])
+    training.check_same_experiment(tmp_path, old, plain(change(stages=stages)))
+
+
+@pytest.mark.parametrize(
+  "change, match",
+  [
+    (dict(data=DataConfig(source="folder")), "config.data.path: ''"),
+    (dict(data=DataConfig(source="tape")), "config.data.source: 'tape'; accepted are digits, folder"),
+    (dict(model=ModelConfig.digits(latent_size=(16, 16))), r"latent_size: \(16, 16\); digits want \(32, 32\)"),
+    (dict(train=TrainConfig(1, (Stage(1.0, 1, 1),), init="absent")), "config.train.init: absent is not a folder"),
+  ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(config, tmp_path, change, match):
+  with pytest.raises(UserError, match=match):
+    training.train(dataclasses.replace(config, **change), tmp_path)
+  assert not list(tmp_path.iterdir())

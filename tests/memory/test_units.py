@@ -1,0 +1,262 @@
+"""The memory's parts one by one: sizes, selection, routing, and what a block's slots hold."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sfjax import memory as kv
+from sfjax import rollout
+from sfjax.config import Config, load_config, to_dataclass
+from sfjax.model import ModelConfig
+from sfjax.routing import (
+  MemoryConfig,
+  block_scores,
+  capped_turn,
+  importance,
+  pool_keys,
+  pool_queries,
+  route_window,
+  select_persistent,
+)
+from sfjax.tiles import BlockLayout
+from tests.memory.test_equality import tiny
+
+WAN = ModelConfig.wan_1_3b()
+SPARSE = MemoryConfig(window=3, persistent=60, top_k=0.25)
+ODD = BlockLayout((3, 2, 3), (1, 2, 3))  # 3 blocks of 6 tokens, and an empty one
+EVEN = BlockLayout((3, 4, 4), (3, 2, 2))  # 4 blocks of 12
+
+
+def nbytes(*leaves):
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+  ("model", "cfg"),
+  [
+    (WAN, SPARSE),
+    (tiny(latent_size=(4, 6), tile=(1, 2, 3)), MemoryConfig(window=2, persistent=5, top_k=0.3)),
+    (tiny(latent_size=(8, 8), tile=(3, 2, 4), dtype="bfloat16"), MemoryConfig(window=4)),
+  ],
+)
+def test_memory_bytes_is_exact(model, cfg, batch):
+  text = jax.ShapeDtypeStruct((batch, model.text_len, model.text_dim), jnp.float32)
+  m = jax.eval_shape(lambda p, t: rollout.start(model, cfg, p, t), rollout.abstract_params(model), text)
+  assert kv.memory_bytes(model, cfg, batch) == {
+    "kv": nbytes(m.k, m.v, m.pooled),
+    "cross": nbytes(m.cross_k, m.cross_v),
+    "bookkeeping": nbytes(m.score, m.origin, m.chunk, m.rng),
+  }
+  assert sum(kv.memory_bytes(model, cfg, batch).values()) == nbytes(*jax.tree.leaves(m))
+
+
+def test_default_memory_of_1_3b_is_42_percent_below_dense():
+  assert SPARSE.resident_blocks(WAN.layout) == 294
+  m = jax.eval_shape(lambda t: kv.init_memory(WAN, SPARSE, (t, t)), jnp.zeros((30, 1, 1, 12, 128), jnp.bfloat16))
+  assert m.k.shape[2] == 18_816
+  kept = kv.memory_bytes(WAN, SPARSE)["kv"]
+  assert kept <= 0.58 * kv.memory_bytes(WAN, MemoryConfig(window=7))["kv"]
+  assert kept <= 0.58 * 2 * 2 * 30 * 32_760 * 1536  # 21 frames without tiles or pooled keys: Self-Forcing's 6.04 GB
+
+
+def test_digits_memory_is_42_percent_below_dense():
+  config = to_dataclass(Config, load_config("configs/digits.py"))
+  sparse, dense = (kv.memory_bytes(config.model, m)["kv"] for m in (config.memory, MemoryConfig(window=7)))
+  assert sparse <= 0.58 * dense
+
+
+def kept_by_hand(cfg, layout, score, origin):
+  """The rule of design.md section 5, one head at a time."""
+  size = len(origin[0])
+  out = []
+  for n in range(len(origin)):
+    ranked = []
+    for i in range(size):
+      s = sum(row[i] for row in score) if cfg.sharing == "layer" else score[n][i]
+      if origin[n][i] >= 0:
+        ranked.append((-math.inf if origin[n][i] < cfg.sink_chunks * layout.blocks else -s, i))
+    best = sorted(i for _, i in sorted(ranked)[: cfg.persistent])
+    out.append(best + [size] * (cfg.persistent - len(best)))
+  return out
+
+
+@st.composite
+def candidates(draw):
+  """C = 5 slots of P, then the evicted chunk's 4 tiles, ascending; few distinct scores, so that ties abound."""
+  heads, sharing = 2, draw(st.sampled_from(["head", "layer"]))
+  p = st.lists(st.integers(0, 15), max_size=5, unique=True).map(sorted)
+  sets = [draw(p)] * heads if sharing == "layer" else [draw(p) for _ in range(heads)]
+  tiles = draw(st.sampled_from([[16, 17, 18, 19], [16, 17, 18, -1], [-1] * 4]))
+  origin = [old + [-1] * (5 - len(old)) + tiles for old in sets]
+  score = [[float(draw(st.integers(0, 3))) for _ in range(9)] for _ in range(heads)]
+  cfg = MemoryConfig(window=2, persistent=5, sharing=sharing, sink_chunks=draw(st.integers(0, 2)))
+  return cfg, score, origin
+
+
+SELECT = jax.jit(select_persistent, static_argnums=(0, 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(candidates())
+def test_select_persistent_follows_the_rule(case):
+  cfg, score, origin = case
+  got = SELECT(cfg, ODD, jnp.asarray([score]), jnp.asarray([origin]))
+  assert got[0].tolist() == kept_by_hand(cfg, ODD, score, origin)
+
+
+def test_a_row_of_the_batch_selects_for_itself():
+  rng = np.random.default_rng(0)
+  score = rng.normal(size=(3, 2, 9)).astype(np.float32)
+  origin = np.broadcast_to(np.arange(9), score.shape)
+  cfg = MemoryConfig(window=2, persistent=4, sharing="layer")
+  whole = SELECT(cfg, ODD, score, origin)
+  for b in range(3):
+    np.testing.assert_array_equal(whole[b], SELECT(cfg, ODD, score[b : b + 1], origin[b : b + 1])[0])
+  assert len({row.tobytes() for row in np.asarray(whole)}) > 1
+
+
+ROUTE = jax.jit(route_window, static_argnums=(0, 1))
+ROUTES = {
+  "sparse": MemoryConfig(window=3, top_k=0.4),
+  "with_p": MemoryConfig(window=3, persistent=5, top_k=0.4),
+  "own_only": MemoryConfig(window=3, top_k=0.01),
+  "whole": MemoryConfig(window=3),
+}
+
+
+@pytest.mark.parametrize("layout", [EVEN, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("name", ROUTES)
+def test_route_window_lists_own_blocks_then_the_best(name, layout):
+  cfg, nb, rng = ROUTES[name], layout.blocks, np.random.default_rng(1)
+  x, heads = cfg.window * nb, 2
+  for chunk in range(5):
+    valid = np.tile(np.arange(nb) < layout.full_blocks, cfg.window) & (np.arange(x) >= (cfg.window - 1 - chunk) * nb)
+    # Small whole numbers: products are exact and ties abound.
+    q = jnp.asarray(rng.integers(-1, 2, (2, nb // 2, heads, 4)), jnp.bfloat16)
+    k = jnp.asarray(rng.integers(-1, 2, (2, x, heads, 4)), jnp.bfloat16)
+    ids, counts = ROUTE(cfg, layout, q, k, valid, jnp.int32(chunk))
+    s = np.asarray(block_scores(q, k))
+    full = max(2, math.ceil(cfg.top_k * cfg.window * layout.full_blocks - 1e-9))
+    evicted = max(0, chunk - cfg.window + 1) * layout.full_blocks
+    budget = full + cfg.persistent - min(cfg.persistent, evicted)  # P's room goes to the window until P is full
+    for b, n, t in np.ndindex(2, heads, nb // 2):
+      own = [x - nb + 2 * t, x - nb + 2 * t + 1]
+      order = sorted(np.flatnonzero(valid).tolist(), key=lambda i: (i not in own, -s[b, n, t, i], i))
+      want = sorted(order[:budget])
+      assert ids[b, n, t, : len(want)].tolist() == want and int(counts[b, n, t]) == len(want)
+      assert (np.asarray(ids[b, n, t, len(want) :]) == x).all()
+      assert set(own) & set(np.flatnonzero(valid)) <= set(want)
+
+
+def test_pooled_vectors_are_means_of_valid_rows():
+  rng = np.random.default_rng(2)
+  for layout in (EVEN, ODD):
+    rows = rng.normal(size=(2, layout.tokens, 3, 8)).astype(np.float32)
+    slots = layout.pack(jnp.asarray(rows))
+    blocks = rows.reshape(2, layout.full_blocks, layout.valid, 3, 8).astype(np.float64)
+    got = np.asarray(pool_keys(slots, layout), np.float64)[:, : layout.full_blocks]
+    np.testing.assert_allclose(got, blocks.mean(2), atol=2**-8)  # |mean| < 2, bfloat16 keeps 8 bits
+    tiles = np.asarray(pool_queries(slots, layout), np.float64)
+    for t in range(layout.blocks // 2):
+      np.testing.assert_allclose(tiles[:, t], blocks[:, 2 * t : 2 * t + 2].mean((1, 2)), atol=2**-8)
+
+
+def test_importance_is_the_sum_of_softmaxes_and_decays():
+  rng = np.random.default_rng(3)
+  q, k = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((1, 2, 2, 8), (1, 9, 2, 8)))
+  valid = jnp.asarray(np.arange(9) != 2)[None, None].repeat(2, 1)
+  old = jnp.asarray(rng.uniform(size=(1, 2, 9)), jnp.float32)
+  head = lambda k: jnp.log(k.astype(jnp.float32).mean(-1) ** 2 + 1).swapaxes(1, 2)
+
+  def score(**kw):
+    cfg = MemoryConfig(window=2, persistent=1, **kw)
+    return np.asarray(importance(cfg, ODD, head, q, k, valid, old, jnp.int32(4), jax.random.key(0)))
+
+  s = np.exp(np.einsum("bqnh,brnh->bnqr", *(np.asarray(a, np.float64) for a in (q, k))) / np.sqrt(8))
+  s[..., 2] = 0  # an empty block takes no part
+  want = (s / s.sum(-1, keepdims=True)).sum(2)
+  np.testing.assert_allclose(score(), want, rtol=1e-5)  # fp32: logits below 8 are good to 5e-7, 18 of them are summed
+  decayed = want + 0.5 * np.where(np.arange(9) < 5, old, 0)  # the chunk's own 4 blocks have no old score
+  np.testing.assert_allclose(score(score_decay=0.5), decayed, rtol=1e-5)
+  learned = score(importance="learned")
+  np.testing.assert_array_equal(learned[..., :5], old[..., :5])  # scored once, at their own commit
+  np.testing.assert_allclose(learned[..., 5:], np.exp(head(k))[..., 5:], rtol=1e-6)
+
+
+def test_capped_turn_never_lets_a_block_look_older():
+  age = jnp.arange(30)
+  cap = MemoryConfig(window=2, persistent=4, rope_cap=7)
+  assert (age - capped_turn(cap, age)).tolist() == np.minimum(age, 7).tolist()
+  assert not capped_turn(dataclasses.replace(cap, rope_cap=None), age).any()
+
+
+@pytest.mark.parametrize(
+  "cfg",
+  [
+    MemoryConfig(window=2, persistent=5, top_k=0.5),
+    MemoryConfig(window=3, persistent=9, sharing="layer"),
+    MemoryConfig(window=1, persistent=3, sink_chunks=1),
+  ],
+  ids=["head", "layer", "sinks"],
+)
+def test_a_long_rollout_of_random_scores(cfg):
+  """A dropped block never returns; P is the best of P and the evicted; the slots hold what the bookkeeping says."""
+  model = tiny(latent_size=(4, 6), tile=(1, 2, 3), layers=1)
+  layout, heads, chunks = model.layout, model.heads, 40
+  nb, c, rng = layout.blocks, cfg.persistent, np.random.default_rng(4)
+  text = jnp.zeros((1, 1, model.text_len, heads, model.head_dim))
+  m = jax.tree.map(lambda x: x[0], kv.init_memory(model, cfg, (text, text)))
+
+  @jax.jit
+  def one(m, score):
+    begun = kv.begin_chunk(model, cfg, m)
+    block = jnp.arange(model.layout.tokens) // layout.valid
+    rows = jnp.broadcast_to(
+      (m.chunk * nb + block)[None, :, None, None] + 1.0, (1, layout.tokens, heads, model.head_dim)
+    )
+    slots = layout.pack(rows)  # every key and value is its block's origin + 1
+    return begun, kv.commit_chunk(model, cfg, begun, kv.Commit(slots, -slots, pool_keys(slots, layout), score))
+
+  seen, last, given = [set() for _ in range(heads)], [set() for _ in range(heads)], {}
+  for t in range(chunks):
+    score = rng.normal(size=(1, heads, cfg.resident_blocks(layout))).astype(np.float32)
+    begun, m = one(m, score)
+    origin = np.asarray(begun.origin[0])
+    for n in range(heads):
+      p = origin[n, :c][origin[n, :c] >= 0].tolist()
+      assert p == sorted(set(p)) and len(p) == cfg.persistent_count(layout, t)
+      evicted = {(t - cfg.window) * nb + i for i in range(layout.full_blocks)} if t >= cfg.window else set()
+      assert set(p) <= last[n] | evicted
+      assert not set(p) & (seen[n] - last[n])
+      if cfg.sink_chunks and t > cfg.window:
+        assert set(p) == set(range(layout.full_blocks))
+      elif given:
+        value = lambda i: sum(given[h][i] for h in range(heads)) if cfg.sharing == "layer" else given[n][i]  # noqa: B023
+        assert set(p) == set(sorted(last[n] | evicted, key=value, reverse=True)[:c])
+      seen[n] |= set(p) | evicted
+      last[n] = set(p)
+    if cfg.sharing == "layer":
+      assert (origin[:, :c] == origin[0, :c]).all()
+    # Keys, values and pooled keys of every head are those of the blocks named; padding and empty slots are zero.
+    origin = np.asarray(m.origin[0])
+    want = np.where(origin >= 0, origin + 1, 0).T  # [K,N]
+    k, v = (np.asarray(x[0]).reshape(-1, 64, heads, model.head_dim) for x in (m.k, m.v))
+    np.testing.assert_array_equal(
+      k[:, : layout.valid], np.broadcast_to(want[:, None, :, None], k[:, : layout.valid].shape)
+    )
+    assert (k == -v).all() and not k[:, layout.valid :].any()
+    np.testing.assert_array_equal(m.pooled[0, ..., 0].astype(jnp.float32), want.astype(jnp.bfloat16).astype(np.float32))
+    view = np.asarray(m.origin[0])[0][np.asarray(kv._resident(model, cfg, t))[c:]]
+    assert view[view >= 0].tolist() == sorted(view[view >= 0].tolist())  # oldest chunk first
+    order = np.asarray(kv._resident(model, cfg, t))
+    given = [
+      {int(o): float(s) for o, s in zip(origin[n][order], score[0, n], strict=True) if o >= 0} for n in range(heads)
+    ]
+  assert len(seen[0]) == (chunks - cfg.window) * layout.full_blocks  # everything was a candidate once
