@@ -1,21 +1,15 @@
 """Trains a model: python train.py --config configs/digits.py[:variant] --workdir DIR --config.train.steps=2000."""
 
-import argparse
 import sys
 
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass
-from sfjax.errors import UserError, command
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise UserError(message)
+from sfjax.errors import Parser, command
 
 
 @command
 def main(argv: list[str]) -> None:
   rest, overrides = split_overrides(argv)
-  parser = _Parser(description=__doc__, epilog="Rerun the same command to resume. Any config key: --config.key=value.")
+  parser = Parser(description=__doc__, epilog="Rerun the same command to resume. Any config key: --config.key=value.")
   parser.add_argument("--config", required=True, help="configs/NAME.py[:variant]")
   parser.add_argument("--workdir", required=True, help="checkpoints, logs and the exported model go here")
   flags = parser.parse_args(rest)

@@ -34,10 +34,11 @@ def get_config(variant=""):
   train = TrainConfig(steps=1200, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT)
   if variant == "base":
     stages = (
-      Stage(until=0.7, chunks=1, batch=128, dense=True),
-      Stage(until=1.0, chunks=5, batch=24, dense=True, p_memory=0.5, hide=(1, 1)),
+      Stage(until=0.5, chunks=1, batch=128, dense=True),
+      Stage(until=0.72, chunks=5, batch=24, dense=True, p_memory=0.5, hide=(1, 1)),
+      Stage(until=1.0, chunks=9, batch=12, dense=True, p_memory=0.7, hide=(1, 4)),  # reading far back is learnt dense
     )
-    train = TrainConfig(steps=6000, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT, warmup=200, decay=0.2)
+    train = TrainConfig(steps=7000, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT, warmup=200, decay=0.2)
   if variant == "tiny":
     stages = (Stage(0.5, chunks=2, batch=2, dense=True), Stage(1.0, chunks=5, batch=2, p_memory=0.5, hide=(1, 1)))
     train = TrainConfig(steps=8, stages=stages, warmup=2, log_every=2, save_every=2)

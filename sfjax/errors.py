@@ -1,11 +1,19 @@
 """Errors that a user caused: one line on stderr and exit code 2, never a traceback."""
 
+import argparse
 import functools
 import sys
 
 
 class UserError(Exception):
   """A bad flag, key, path or file; the message is one line that names it and says what is accepted."""
+
+
+class Parser(argparse.ArgumentParser):
+  """An ArgumentParser that raises UserError."""
+
+  def error(self, message):
+    raise UserError(message)
 
 
 def command(fn):

@@ -2,13 +2,14 @@
 
 One path serves training and measuring, pixels -> mask -> place -> crop -> network, so what is measured looks exactly like
 what was learnt. The network saw train-split handwriting only, and half digits, blobs, bars and molten digits as "none".
-`python -m sfjax.instrument` trains it on a CPU and writes checkpoints/classifier.npz.
+`python -m sfjax.instrument` trains it on a CPU (see evaluation/instrument_training.py) and writes checkpoints/classifier.npz.
 
 Letters: B frames, S rows and columns of a frame, C of a crop, K classes (ten digits, then "none").
 """
 
 import functools
 import pathlib
+import sys
 from typing import NamedTuple
 
 import jax
@@ -20,14 +21,16 @@ from jaxtyping import Array, Float, Int, UInt8
 from sfjax import checkpoint
 from sfjax.data import handwriting
 from sfjax.data.digits import COLOURS
+from sfjax.errors import UserError
 
 SHIPPED = pathlib.Path(__file__).parent.parent / "checkpoints" / "classifier.npz"
 NONE = handwriting.CLASSES
-IN_SIGHT = 45.0  # pixels of ink; the thinnest digits have 84, the median one 135
-LEGIBLE = 0.45  # share of a digit's ink below which it is "none"
+IN_SIGHT = 80.0  # pixels of ink; the thinnest digits in full view have 84, the median one 135
 
 _CROP = 26  # the largest glyph, 22, and the distance of its ink's centroid from its middle
 _BATCH = 512
+_EMPTY = 20.0  # pixels of ink below which there is nothing to read
+_MEASURED = ("accuracy", "false_positives")  # kept beside the weights
 _NAMES = tuple(COLOURS)
 _RGB = np.array(list(COLOURS.values()), np.float32)
 _HUES = _RGB - _RGB.mean(1, keepdims=True)  # the direction away from grey
@@ -94,8 +97,10 @@ def crop(alpha: Float[Array, "B S S"], centroid: Float[Array, "B 2"]) -> Float[A
   return jnp.einsum("biy,byx,bjx->bij", rows, alpha, columns)
 
 
-def _see(frames, colour):
-  """Crops, areas and centroids."""
+def see(
+  frames: UInt8[Array, "B S S 3"], colour: Int[Array, " B"]
+) -> tuple[Float[Array, "B C C"], Float[Array, " B"], Float[Array, "B 2"]]:
+  """From pixels to the network's input: crops, areas and centroids."""
   alpha = colour_mask(frames, colour)
   area, centroid = locate(alpha)
   return crop(alpha, centroid), area, centroid
@@ -129,25 +134,84 @@ def _structure():
   return nnx.split(nnx.eval_shape(lambda: Network(nnx.Rngs(0))))
 
 
-def _network(params) -> Network:
+def init(seed: int) -> dict:
+  """Random weights as a pure dict."""
+  return nnx.to_pure_dict(nnx.state(Network(nnx.Rngs(seed))))
+
+
+def network(params: dict) -> Network:
+  """The network with these weights."""
   graph, state = _structure()
   state = jax.tree.map(lambda x: x, state)  # a fresh container: the cached one stays abstract
   nnx.replace_by_pure_dict(state, params)
   return nnx.merge(graph, state)
 
 
+# --- files
+
+
+def save(path, params: dict, measured: dict[str, float]) -> None:
+  """Weights in float16 and what was measured of them, "accuracy" and "false_positives", both of test handwriting."""
+  half = {name: x.astype(np.float16) for name, x in checkpoint.flatten(params).items()}
+  checkpoint.save_arrays(path, half | {name: np.float32(measured[name]) for name in _MEASURED})
+
+
 @functools.cache
-def load(path=SHIPPED) -> dict:
-  """The network's weights. Raises UserError if the file is absent or damaged."""
+def load(path=SHIPPED) -> tuple[dict, dict[str, float]]:
+  """Weights (float32) and what was measured of them.
+
+  Raises:
+    UserError: the file is absent, damaged, or holds another network.
+  """
   arrays = checkpoint.load_arrays(path)
-  want = checkpoint.named(nnx.to_pure_dict(_structure()[1]))
-  del want
-  return arrays
+  like = init(0)
+  want = checkpoint.flatten(like) | {name: np.zeros(()) for name in _MEASURED}
+  for name in [*want, *arrays]:
+    if name not in want or name not in arrays or arrays[name].shape != want[name].shape:
+      raise UserError(f"{path}: not a classifier of this version ({name})")
+  weights = [jnp.asarray(arrays[name], jnp.float32) for name in checkpoint.flatten(like)]
+  return jax.tree.unflatten(jax.tree.structure(like), weights), {name: float(arrays[name]) for name in _MEASURED}
 
 
-@jax.jit
-def _classify(params, frames, colour):
-  crops, area, centroid = _see(frames, colour)
-  empty = (area < IN_SIGHT / 2)[:, None]
+# --- reading
+
+
+def classify(params: dict, frames: UInt8[Array, "B S S 3"], colour: Int[Array, " B"]) -> Reading:
+  """`read` for use inside a compiled program: one row of frames, no batching."""
+  crops, area, centroid = see(frames, colour)
+  probabilities = jax.nn.softmax(network(params)(crops))
   none = jax.nn.one_hot(NONE, NONE + 1)
-  return jnp.where(empty, none, jax.nn.softmax(_network(params)(crops))), area, centroid
+  return Reading(jnp.where((area < _EMPTY)[:, None], none, probabilities), area, centroid)
+
+
+_compiled = jax.jit(classify)
+
+
+def read(params: dict, frames: UInt8[np.ndarray, "*B S S 3"], colour: Int[np.ndarray, "*B"]) -> Reading:
+  """What every frame shows in a colour (an index into COLOURS, broadcast to the frames' leading axes).
+
+  Works in batches of one size, so that any number of frames compiles once. Raises ValueError unless frames are RGB squares.
+  """
+  lead, shape = frames.shape[:-3], frames.shape[-3:]
+  if shape[2:] != (3,) or shape[0] != shape[1]:
+    raise ValueError(f"frames: shape {frames.shape}; want squares of RGB pixels")
+  rows = frames.reshape(-1, *shape)
+  colour = np.broadcast_to(np.asarray(colour, np.int32), lead).reshape(-1)
+  parts = []
+  for i in range(0, len(rows), _BATCH):
+    some, hue = rows[i : i + _BATCH], colour[i : i + _BATCH]
+    spare = _BATCH - len(some)
+    part = _compiled(params, np.pad(some, ((0, spare), (0, 0), (0, 0), (0, 0))), np.pad(hue, (0, spare)))
+    parts.append([np.asarray(x)[: len(some)] for x in part])
+  return Reading(*(np.concatenate(x).reshape(*lead, *x[0].shape[1:]) for x in zip(*parts, strict=True)))
+
+
+def colour_index(name: str) -> int:
+  """Index of a colour's name."""
+  return _NAMES.index(name)
+
+
+if __name__ == "__main__":
+  from sfjax.evaluation.instrument_training import main
+
+  main(sys.argv[1:])

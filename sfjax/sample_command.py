@@ -12,19 +12,14 @@ import numpy as np
 from sfjax import checkpoint, sampling
 from sfjax.config import to_dict
 from sfjax.data.digits import chunk_of_frame, first_frame
-from sfjax.errors import UserError
+from sfjax.errors import Parser, UserError
 from sfjax.memory import KVMemory
 from sfjax.runlog import latency, make_folder, peak_memory, run_record, write_json_atomic
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise UserError(message)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
   """Flags, checked as far as they can be without a model."""
-  p = _Parser(prog="sample.py", description="Samples videos; without flags, a short one from the shipped model.")
+  p = Parser(prog="sample.py", description="Samples videos; without flags, a short one from the shipped model.")
   p.add_argument("--checkpoint", default=str(sampling.SHIPPED), help="model folder (it carries its config)")
   p.add_argument("--prompt", action="append", help="what the video shows; repeat for several videos")
   p.add_argument("--prompt_file", help="a text file, one prompt a line")

@@ -39,11 +39,11 @@ _TAIL = 2  # chunks from the uncovering on: the slide, then at least a chunk of 
 _MARGIN = 3  # pixels by which the cover exceeds the largest glyph on every side
 _WAY_IN = 32  # pixels from outside the frame to full view: a token a frame
 _DIRECTIONS = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y])
-_LINE_ROWS = 3
-_LINE_PER_CHUNK = 3.2  # pixels of the countdown for one hidden chunk: the frame's width is 20 chunks
+_LINE_ROWS = 4
+_LINE_PER_CHUNK = 2  # pixels of the countdown for a chunk still to come: half a token
 _LINE_COLOUR = 245
 _FLOOR = SIZE - _LINE_ROWS  # digits of the memory variant stay above the line
-_MAX_HIDE = 19  # the longest countdown that the frame's width can show
+_MAX_HIDE = 19  # chunks; the frame is wide enough for more
 
 
 def frames_of_chunks(n_chunks: int) -> int:
@@ -182,6 +182,15 @@ def render(config: DigitsConfig, seed: int, index: int) -> Clip:
   return _draw(_plan(config, seed, index))
 
 
+def render_twins(config: DigitsConfig, seed: int, index: int) -> tuple[Clip, Clip]:
+  """Clip number `index` of the memory variant, and the same scene with another digit under the cover."""
+  plan = _plan(config, seed, index)
+  labels = handwriting.load(config.split)[1]
+  others = np.flatnonzero(labels != labels[plan.samples[0]])
+  other = int(np.random.default_rng([seed, index]).choice(others))
+  return _draw(plan), _draw(dataclasses.replace(plan, samples=(other, *plan.samples[1:])))
+
+
 def render_mixed(prompt: DigitsConfig, memory: DigitsConfig, p_memory: float, seed: int, index: int) -> Clip:
   """Clip number `index` of a stream in which a share p_memory comes from the second config.
 
@@ -313,7 +322,8 @@ def _memory_scene(config: DigitsConfig, rng, sizes) -> dict:
   away = np.abs(np.where(side < 0, rest + edge, SIZE - rest)) * side
   off = np.clip(1 - (time - arrive + 1) / _SLIDE, 0, 1) + np.clip((time - lift + 1) / _SLIDE, 0, 1)
   cover_path = np.round(rest + away * off[:, None])
-  line = (lift - time) * (_LINE_PER_CHUNK / _CHUNK) * ((time >= arrive + _SLIDE - 1) & (time < lift))
+  left = stop - (time + _TOKEN - 1) // _CHUNK  # chunks from each frame's own to the uncovering
+  line = _LINE_PER_CHUNK * left * ((time >= arrive + _SLIDE) & (time < lift))
   cover = _Cover((edge, edge), cover_path, int(rng.integers(105, 140)), slice(arrive, min(lift + _SLIDE, frames)))
   entries = (entry,) + (0,) * (len(sizes) - 1)
   return dict(paths=np.stack(paths, 1), entry=entries, cover=cover, line=line, hide=(start, stop))

@@ -211,14 +211,14 @@ def test_timeline_of_the_memory_variant(entry):
 
 def test_countdown_ends_with_the_uncovering():
   clip = render(dataclasses.replace(MEMORY, max_digits=1), 0, 4)
-  rest, lift = first_frame(clip.prefix_chunks) - 5, first_frame(clip.reveal_chunk)
-  background = clip.frames[0, 61:].astype(float)
-  lit = (clip.frames[:, 61:].astype(float) - background) / (245 - background)
+  rest, lift = first_frame(clip.prefix_chunks) - 4, first_frame(clip.reveal_chunk)
+  background = clip.frames[0, 60:].astype(float)
+  lit = (clip.frames[:, 60:].astype(float) - background) / (245 - background)
   length = np.median(lit.mean(-1), axis=1).sum(-1)
-  expected = np.zeros(len(length))
-  expected[rest:lift] = 3.2 / 12 * (lift - np.arange(rest, lift))
-  still = slice(rest, lift)  # a cover that slides over the line's rows is seen there before and after
-  np.testing.assert_allclose(length[still], expected[still], atol=0.05)
+  # two pixels for every chunk still to come, its own included; a cover that slides is seen in the line's rows, too
+  expected = [2 * (clip.reveal_chunk - chunk_of_frame(t)) for t in range(rest, lift)]
+  assert expected[0] == 2 * clip.hidden_chunks + 2 and expected[-1] == 2
+  np.testing.assert_allclose(length[rest:lift], expected, atol=0.05)
   assert length[lift + 8] == 0
 
 

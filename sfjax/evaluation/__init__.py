@@ -1,0 +1,1 @@
+"""Measuring generated videos: what `python -m sfjax.evaluate` is made of."""
