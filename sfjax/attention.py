@@ -38,13 +38,15 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool):
     q, k, v = (layout.pack(x[:, 0]) for x in (q, k, v))
     m = kv.write_chunk(model, cfg, m, k, v)
     q_pooled = pool_queries(q, layout)
-    ids, counts = kv.route(model, cfg, m, q_pooled)
-    out = pbsa(
-      q, m.k, m.v, ids, counts,
-      prefix_blocks=cfg.persistent_count(layout, m.chunk) if cfg.persistent else 0,
-      prefix_k=kv.persistent_keys(model, cfg, m),
-      kv_valid=layout.valid,
-    )  # fmt: skip
+    if cfg.selects or layout.blocks > layout.full_blocks:
+      ids, counts = kv.route(model, cfg, m, q_pooled)
+      prefix = cfg.persistent_count(layout, m.chunk) if cfg.persistent else 0
+    else:  # all that is there, in the order in which it lies
+      ids = jnp.zeros((q.shape[0], model.heads, layout.blocks // 2, 0), jnp.int32)
+      counts = jnp.zeros(ids.shape[:3], jnp.int32)
+      prefix = jnp.minimum(m.chunk + 1, cfg.window) * layout.blocks
+    prefix_k = kv.persistent_keys(model, cfg, m)
+    out = pbsa(q, m.k, m.v, ids, counts, prefix_blocks=prefix, prefix_k=prefix_k, kv_valid=layout.valid)
     aux = None
     if commit:
       nb = layout.blocks

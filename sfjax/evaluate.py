@@ -41,7 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   p.add_argument("--classifier", default=str(instrument.SHIPPED), help="the instrument's npz file")
   p.add_argument("--out", default="out/evaluation", help="folder for evaluation.json and contact sheets")
   a = p.parse_args(argv)
-  a.arm = a.arm or [f"sparse={sampling.SHIPPED}"]
+  a.arm = a.arm or [f"shipped={sampling.SHIPPED}"]
   a.batch = min(a.batch, a.videos)
   for name in ("videos", "batch"):
     value = getattr(a, name)

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.pbsa import cudnn
+from pallas_kernels.pbsa import cudnn, mosaic_sm90
 from pallas_kernels.pbsa.lists import BLOCK, TILE
 from pallas_kernels.pbsa.reference import pbsa_xla
 
-IMPLEMENTATIONS = ("cudnn", "xla")
+IMPLEMENTATIONS = ("mosaic_sm90", "cudnn", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def _check(q, k, v, ids, counts, prefix_k, kv_valid, layer):
+def _check(q, k, v, ids, counts, prefix_blocks, prefix_k, kv_valid, layer, kv_grad_range):
   if q.ndim != 4:
     raise ValueError(f"q: shape {q.shape}; want [B,T,N,H]")
   b, t, n, h = q.shape
@@ -36,6 +36,8 @@ def _check(q, k, v, ids, counts, prefix_k, kv_valid, layer):
     prefix_k.ndim != 4 or prefix_k.shape[0] != b or prefix_k.shape[1] % BLOCK or prefix_k.shape[2:] != (n, h)
   ):
     raise ValueError(f"prefix_k: shape {prefix_k.shape}; want [B,{BLOCK} x blocks,N,H] = [{b},..,{n},{h}]")
+  if prefix_k is not None and prefix_k.shape[1] > k.shape[-3]:
+    raise ValueError(f"prefix_k: {prefix_k.shape[1]} slots; want at most S = {k.shape[-3]}")
   if ids.ndim != 4 or ids.shape[:3] != (b, n, t // TILE):
     raise ValueError(f"block_ids: shape {ids.shape}; want [B,N,Q,Kmax] = [{b},{n},{t // TILE},Kmax]")
   if counts.shape != ids.shape[:3]:
@@ -45,6 +47,12 @@ def _check(q, k, v, ids, counts, prefix_k, kv_valid, layer):
       raise ValueError(f"{name}: dtype {x.dtype}; want int32")
   if not 1 <= kv_valid <= BLOCK:
     raise ValueError(f"kv_valid: {kv_valid}; want 1..{BLOCK}")
+  blocks = k.shape[-3] // BLOCK
+  most = blocks if prefix_k is None else min(blocks, prefix_k.shape[1] // BLOCK)
+  if isinstance(prefix_blocks, int) and not 0 <= prefix_blocks <= most:
+    raise ValueError(f"prefix_blocks: {prefix_blocks}; want 0..{most}, the blocks of k (and of prefix_k)")
+  if kv_grad_range is not None and not 0 <= kv_grad_range[0] <= kv_grad_range[1] < blocks:
+    raise ValueError(f"kv_grad_range: {kv_grad_range}; want (first, last) with 0 <= first <= last <= {blocks - 1}")
 
 
 def pbsa(
@@ -72,29 +80,40 @@ def pbsa(
     block_counts: how many entries of each list count; the rest are ignored.
     prefix_blocks: blocks 0..prefix_blocks-1 are read by every tile and are not listed.
     prefix_k: keys used for the prefix instead of k's own.
-    kv_valid: slots of every block that hold a token; the others are never read.
+    kv_valid: slots of every block that hold a token; the others never count, but must hold finite numbers, say zeros.
     scale: multiplies the logits; 1/sqrt(H) by default.
     kv_grad_range: first and last block (inclusive) that receive dk and dv; the others get zero.
     return_lse: also return the log of the softmax denominator.
-    implementation: "xla" (anywhere), "cudnn" (NVIDIA, 16 bit, lists only), or None for the best that supports the arguments.
+    implementation: "cudnn" (NVIDIA, 16 bit), "xla" (anywhere), None for the first of these that supports the arguments, or
+      "mosaic_sm90" (Hopper, 16 bit, head dim 64 or 128), which has to be asked for until it has been measured on a GPU.
 
   Returns:
     out [B,T,N,H] in q's dtype, and lse float32 [B,N,T] (natural log) if asked. A tile that reads nothing gives zeros
-    and -inf. Differentiable in q, k, v and prefix_k, also through lse.
+    and -inf. Differentiable in q, k, v and prefix_k, also through lse. Under jax.checkpoint a policy that saves the name
+    "pbsa" spares "mosaic_sm90" a second forward pass.
 
   Raises:
     ValueError: a wrong shape or dtype, naming the argument. NotImplementedError: the implementation cannot do this.
   """
-  _check(q, k, v, block_ids, block_counts, prefix_k, kv_valid, layer)
+  _check(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, layer, kv_grad_range)
   if implementation not in (None, *IMPLEMENTATIONS):
     raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  if implementation != "xla":
-    reason = cudnn.unsupported(q, prefix_blocks, layer, kv_grad_range, return_lse)
-    if implementation == "cudnn" and reason:
+  if implementation == "mosaic_sm90":
+    reason = mosaic_sm90.unsupported(q, scale)
+    if reason:
+      raise NotImplementedError(reason)
+    call = mosaic_sm90.Call(scale, kv_valid, kv_grad_range, mosaic_sm90.config(q.shape[-1], kv_valid))
+    if layer is not None:
+      q, k, v = (_forward_only(x) for x in (q, k, v))
+    out, lse = mosaic_sm90.pbsa_mosaic(call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks, layer)
+    return (out, lse) if return_lse else out
+  if implementation in (None, "cudnn"):
+    reason = cudnn.unsupported(q, block_ids, prefix_blocks, prefix_k, layer, kv_grad_range, return_lse)
+    if implementation and reason:
       raise NotImplementedError(reason)
     if reason is None:
-      return cudnn.pbsa_cudnn(q, k, v, block_ids, block_counts, kv_valid, scale)
+      return cudnn.pbsa_cudnn(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, scale)
   if layer is not None:
     k, v = (_forward_only(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)) for x in (k, v))
   out, lse = pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, scale, kv_grad_range)

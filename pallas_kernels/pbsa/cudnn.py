@@ -1,5 +1,7 @@
 """The "cudnn" implementation: every query tile gathers its blocks, then cuDNN's fused attention runs with tiles as batch rows.
 
+Where there are no lists all tiles read the prefix, and nothing is gathered.
+
 It costs a copy of the gathered keys and values, but no score ever leaves the chip: that makes training practical on a GPU.
 The gradients of a block, from every tile that read it, are summed by one matrix product in float32: no atomics.
 
@@ -11,15 +13,17 @@ import jax.numpy as jnp
 
 from pallas_kernels.pbsa.lists import BLOCK, TILE
 
+_FUSED = "cudnn"  # of jax.nn.dot_product_attention
 
-def unsupported(q, prefix_blocks, layer, kv_grad_range, return_lse) -> str | None:
+
+def unsupported(q, block_ids, prefix_blocks, prefix_k, layer, kv_grad_range, return_lse) -> str | None:
   """Why this implementation cannot serve a call, or None."""
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"q: dtype {q.dtype}; cudnn wants bfloat16 or float16"
   if q.shape[-1] % 8 or q.shape[-1] > 128:
     return f"q: head dim {q.shape[-1]}; cudnn wants a multiple of 8, at most 128"
-  if not isinstance(prefix_blocks, int) or prefix_blocks:
-    return "prefix_blocks: cudnn reads lists only"
+  if block_ids.shape[-1] and not isinstance(prefix_blocks, int) and prefix_k is None:
+    return "prefix_blocks: beside lists cudnn wants an int, or prefix_k, which bounds it"
   if layer is not None or kv_grad_range is not None or return_lse:
     return "layer, kv_grad_range, return_lse: not in cudnn"
   if jax.default_backend() != "gpu":
@@ -47,8 +51,15 @@ def _take_backward(saved, g):
 take_blocks.defvjp(_take_forward, _take_backward)
 
 
-def pbsa_cudnn(q, k, v, block_ids, block_counts, kv_valid: int, scale: float):
-  """See `api.pbsa`; lists only. Returns out in q's dtype."""
+def pbsa_cudnn(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid: int, scale: float):
+  """See `api.pbsa`. Returns out in q's dtype."""
+  if not block_ids.shape[-1]:
+    return _prefix_alone(q, k if prefix_k is None else prefix_k, v, prefix_blocks, kv_valid, scale)
+  if prefix_k is not None:
+    k = jnp.concatenate([prefix_k, k[:, prefix_k.shape[1] :]], 1)
+  bound = prefix_blocks if isinstance(prefix_blocks, int) else prefix_k.shape[1] // BLOCK
+  if bound:
+    block_ids, block_counts = _with_prefix(block_ids, block_counts, prefix_blocks, bound)
   b, t, n, h = q.shape
   tiles, kmax = t // TILE, block_ids.shape[-1]
   ids = jnp.clip(block_ids, 0, k.shape[1] // BLOCK - 1)
@@ -58,20 +69,41 @@ def pbsa_cudnn(q, k, v, block_ids, block_counts, kv_valid: int, scale: float):
     return take_blocks(x, ids.reshape(b, n, -1)).reshape(b * n * tiles, kmax * kv_valid, 1, h)
 
   rows = q.reshape(b, tiles, TILE, n, h).transpose(0, 3, 1, 2, 4).reshape(b * n * tiles, TILE, 1, h)
-  length = (block_counts * kv_valid).reshape(-1)
 
   @jax.checkpoint  # the gathered copies are made again for the backward pass, not kept
   def attend(rows, k, v):
-    return jax.nn.dot_product_attention(
-      rows,
-      gather(k),
-      gather(v),
-      scale=scale,
-      query_seq_lengths=jnp.full_like(length, TILE),
-      key_value_seq_lengths=jnp.maximum(length, 1),
-      implementation="cudnn",
-    )
+    return _attend(rows, gather(k), gather(v), (block_counts * kv_valid).reshape(-1), scale)
 
   out = attend(rows, k, v)
-  out = jnp.where((length > 0)[:, None, None, None], out, 0)
   return out.reshape(b, n, tiles, TILE, h).transpose(0, 2, 3, 1, 4).reshape(b, t, n, h)
+
+
+def _with_prefix(ids, counts, prefix_blocks, bound: int):
+  """Lists that name the prefix, too: its blocks first, then the listed ones, at most `bound` more entries."""
+  own = jnp.broadcast_to(jnp.arange(bound, dtype=jnp.int32), (*ids.shape[:3], bound))
+  past = jnp.iinfo(jnp.int32).max
+  listed = jnp.arange(ids.shape[-1]) < counts[..., None]
+  merged = jnp.concatenate([jnp.where(own < prefix_blocks, own, past), jnp.where(listed, ids, past)], -1)
+  return jnp.sort(merged, -1), counts + prefix_blocks
+
+
+def _prefix_alone(q, k, v, prefix_blocks, kv_valid: int, scale: float):
+  """All tiles read the same blocks: one call, nothing gathered."""
+  b, _, n, h = q.shape
+  slots = min(k.shape[1], v.shape[1])
+  valid = lambda x: x[:, :slots].reshape(b, -1, BLOCK, n, h)[:, :, :kv_valid].reshape(b, -1, n, h)
+  return _attend(q, valid(k), valid(v), jnp.full((b,), prefix_blocks * kv_valid, jnp.int32), scale)
+
+
+def _attend(q, k, v, length, scale: float):
+  """Attention to the first `length` keys of every row; zeros where there is none."""
+  out = jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    scale=scale,
+    query_seq_lengths=jnp.full_like(length, q.shape[1]),
+    key_value_seq_lengths=jnp.maximum(length, 1),
+    implementation=_FUSED,
+  )
+  return jnp.where((length > 0)[:, None, None, None], out, 0)

@@ -1,5 +1,7 @@
-"""Index lists: which key blocks each query tile reads, and the check that they are well formed."""
+"""Index lists: which key blocks each query tile reads, the same by block, and the check that they are well formed."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
@@ -35,3 +37,29 @@ def validate_lists(ids: Int32[Array, "B N Q K"], counts: Int32[Array, "B N Q"], 
     if bad.any():
       where = tuple(int(i) for i in np.argwhere(bad)[0])
       raise ValueError(f"block_ids: {what} at (batch, head, tile) = {where}")
+
+
+def transpose_lists(
+  ids: Int32[Array, "B N Q Kmax"],
+  counts: Int32[Array, "B N Q"],
+  prefix_blocks: int | Int32[Array, ""],
+  num_blocks: int,
+) -> tuple[Int32[Array, "B N K Q"], Int32[Array, "B N K"]]:
+  """The lists by block: which query tiles read it, the prefix's readers included.
+
+  Args:
+    ids, counts: the lists of the query tiles.
+    prefix_blocks: blocks 0..prefix_blocks-1 are read by every tile.
+    num_blocks: K.
+
+  Returns:
+    tiles, ascending in the first `count` entries of each row, and those counts. The same bits every time.
+  """
+  b, n, q, kmax = ids.shape
+  target = jnp.where(jnp.arange(kmax) < counts[..., None], ids, num_blocks)
+  at = jnp.ogrid[:b, :n, :q]
+  read = jnp.zeros((b, n, q, num_blocks), bool)
+  read = read.at[*(x[..., None] for x in at), target].set(True, mode="drop", unique_indices=True)
+  read = (read | (jnp.arange(num_blocks) < prefix_blocks)).swapaxes(2, 3)
+  tiles = jax.lax.broadcasted_iota(jnp.int32, read.shape, 3)
+  return jnp.sort(jnp.where(read, tiles, q), axis=-1), read.sum(-1, dtype=jnp.int32)

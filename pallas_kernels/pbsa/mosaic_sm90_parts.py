@@ -1,0 +1,214 @@
+"""What the Hopper kernels share: matrix products, a ring of shared-memory slots, and the walk over a tile's blocks.
+
+A program has three warpgroups. Two compute, each on 64 of a tile's 128 rows; the third only starts copies, so that the
+next operands land in a ring of slots while the others multiply. It alone reads block ids: to the two that compute, a
+gathered block looks like any other. The same code runs on CPU in jax's GPU interpreter, but for `accumulate`.
+
+Letters: B batch, T query rows, S key slots, N heads, H head dim, Q query tiles, K key blocks, J slots loaded of a block,
+W blocks per step.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.pbsa.lists import BLOCK, TILE
+
+WARPGROUPS = 2  # that compute
+ROWS = TILE // WARPGROUPS
+LOG2E = math.log2(math.e)
+BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Tuning parameters.
+
+  *_stages: slots in a kernel's ring. *_width: key blocks per step where a kernel walks a tile's blocks. dkv_blocks: key
+  blocks that one program of the last kernel takes in turn.
+  """
+
+  forward_stages: int = 2
+  forward_width: int = 2
+  dq_stages: int = 2
+  dq_width: int = 2
+  dkv_stages: int = 2
+  dkv_blocks: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """Static facts of one call: what multiplies logits, valid slots of a block, and how to run."""
+
+  scale: float
+  kv_valid: int
+  kv_grad_range: tuple[int, int] | None = None
+  config: Config = Config()
+  interpret: plgpu.InterpretGPUParams | None = None
+
+  def loaded(self, width: int) -> int:
+    """J: slots of a block that are loaded: the valid ones where `width` blocks of that many fill tiles of 64."""
+    rows = -(-self.kv_valid // 8) * 8
+    return BLOCK if width * rows % 64 else rows
+
+
+def tiled(shape, dtype):
+  """A shared-memory array in swizzled tiles 128 bytes wide: what the tensor cores read, and free of bank conflicts."""
+  tile = (8, 128 // jnp.dtype(dtype).itemsize)
+  return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform(tile), plgpu.SwizzleTransform(128)))
+
+
+def flat(x):
+  """[..,R,N,H] -> [rows,N,H]: one row index, and a copy descriptor of three axes."""
+  return x.reshape(-1, *x.shape[-2:])
+
+
+def memory(k, v, prefix_k):
+  """A kernel's inputs for the keys and values, as rows, and their slots: (S, P), where P = 0 stands for no prefix_k."""
+  rows = tuple(map(flat, (k, v, k if prefix_k is None else prefix_k)))
+  return rows, (k.shape[-3], 0 if prefix_k is None else prefix_k.shape[1])
+
+
+def launch(body, call: Call, out_type, grid: dict[str, int], **scratch):
+  """Runs body(*refs, **scratch) on a grid (last axis fastest), with one more warpgroup than compute."""
+  return plgpu.kernel(
+    body,
+    out_type=out_type,
+    scratch_types=scratch,
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
+    num_threads=WARPGROUPS + 1,
+    thread_name="wg",
+    compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    interpret=call.interpret,
+    kernel_name=body.__name__,
+  )
+
+
+def filled(shape, value, layout=plgpu.Layout.WGMMA):
+  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def over_columns(x, shape):
+  """[R] -> [R,C]."""
+  return lax.broadcast_in_dim(x, shape, [0])
+
+
+def accumulate(call: Call, *terms, during=lambda: None):
+  """acc + a() @ b of each (acc, a, b): a() in registers, made when its turn comes, b in shared memory.
+
+  Calls `during()` once all products have started, then waits for all.
+  """
+  if call.interpret:  # it knows neither register operands nor accumulators with a value
+    out = [acc + jnp.dot(a(), b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
+    plgpu.commit_smem()
+    during()
+    return out
+
+  def start(refs):
+    for ref, (_, a, b) in zip(refs, terms, strict=True):
+      plgpu.wgmma(ref, a(), b)
+    during()
+
+  return pl.run_state(start)([plgpu.ACC.init(acc) for acc, _, _ in terms])
+
+
+def ring(stages: int, copies: int):
+  """A ring's barriers: full, reached by `copies` copies a slot, and free, reached by its readers."""
+  return (
+    plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+    plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+  )
+
+
+def produce(first, last, stages: int, free, load):
+  """Fills the ring's slots for steps first..last - 1, each as soon as its readers are done with it.
+
+  Args:
+    first, last: int32, traced or not; steps count from the program's start.
+    free: one barrier array per operand.
+    load: (step, slot) -> one function per operand that starts its copies.
+  """
+
+  @pl.loop(first, last)
+  def _(step):
+    slot = lax.rem(step, jnp.int32(stages))
+    for barrier, start in zip(free, load(step, slot), strict=True):
+      pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, barrier.at[slot]))
+      start()
+
+
+def drain(steps, stages: int, free):
+  """Waits for the last readers: no barrier may end with an arrival that nobody waited for."""
+
+  @pl.loop(jnp.maximum(steps - stages, 0), steps)
+  def _(step):
+    for barrier in free:
+      plgpu.barrier_wait(barrier.at[lax.rem(step, jnp.int32(stages))])
+
+
+def row(*parts):
+  """First row of a copy: a sum of multiples of 8, which the compiler cannot see by itself."""
+  return pl.multiple_of(sum(parts), 8)
+
+
+def walk(call: Call, width: int, where, slots: tuple[int, int], refs, k_s, v_s, k_full, v_full):
+  """The blocks that a query tile reads: the prefix first, then its list, `width` per step.
+
+  Args:
+    where: (batch row, head, tile).
+    slots: see `memory`. refs: its rows in global memory, then the lists int32 [B,N,Q,Kmax], their counts [B,N,Q], and
+      the number of prefix blocks and the layer, int32 [1].
+    k_s, v_s: slots of the ring. k_full, v_full: their barriers.
+
+  Returns:
+    how many blocks, how many steps, and the `load` that `produce` wants.
+  """
+  k, v, prefix_k, ids, counts, prefix_blocks, layer = refs
+  b, n, tile = where
+  prefix, loaded = prefix_blocks[0], call.loaded(width)
+  blocks = prefix + counts[b, n, tile]
+  first = (layer[0] * counts.shape[0] + b) * slots[0]
+
+  def load(step, slot):
+    at = [jnp.minimum(step * width + i, blocks - 1) for i in range(width)]  # past the end: the last block again
+    # All ids are read here, before any waiting.
+    block = [jnp.where(i < prefix, i, ids[b, n, tile, jnp.maximum(i - prefix, 0)]) for i in at]
+
+    def copy(source, base, block, target, full, i):
+      rows = pl.ds(row(base, block * BLOCK), loaded)
+      plgpu.copy_gmem_to_smem(source.at[rows, n], target.at[slot, pl.ds(i * loaded, loaded)], full.at[slot])
+
+    def load_k():
+      for i in range(width):
+        own = functools.partial(copy, k, first, block[i], k_s, k_full, i)
+        if slots[1]:
+          pl.when(at[i] >= prefix)(own)
+          pl.when(at[i] < prefix)(functools.partial(copy, prefix_k, b * slots[1], at[i], k_s, k_full, i))
+        else:
+          own()
+
+    def load_v():
+      for i in range(width):
+        copy(v, first, block[i], v_s, v_full, i)
+
+    return load_k, load_v
+
+  return blocks, lax.div(blocks + (width - 1), jnp.int32(width)), load
+
+
+def hide(call: Call, width: int, step, blocks, x, fill):
+  """x [rows, W J] with `fill` where a column is no token, or lies past the last block."""
+  loaded = call.loaded(width)
+  column = lambda: plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
+  if call.kv_valid < loaded:
+    x = jnp.where(column() % loaded < call.kv_valid, x, fill)
+  if width == 1:
+    return x
+  left = blocks - step * width
+  return lax.cond(left >= width, lambda x: x, lambda x: jnp.where(column() < left * loaded, x, fill), x)

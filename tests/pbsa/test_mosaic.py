@@ -1,0 +1,215 @@
+"""Tiers C and D: the Mosaic kernels themselves, in jax's GPU interpreter with race detection, and lowered for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.pbsa import pbsa, validate_lists
+from pallas_kernels.pbsa.lists import transpose_lists
+from pallas_kernels.pbsa.mosaic_sm90 import Call, Config, config, pbsa_mosaic
+from tests.pbsa.oracle import oracle, random_lists
+
+
+@pytest.fixture
+def interpret():
+  yield plgpu.InterpretGPUParams(detect_races=True)
+  interpreter.reset_gpu_interpret_mode_state()
+
+
+def no_races():
+  return not interpreter.get_races().races_found
+
+
+def draw(seed, *shapes, dtype=jnp.bfloat16, scale=1.0):
+  rng = np.random.default_rng(seed)
+  return [jnp.asarray(rng.standard_normal(s) * scale, dtype) for s in shapes]
+
+
+def lists(seed, counts, first, blocks):
+  """Random lists of the given counts [B,N,Q], with garbage past each count."""
+  rng = np.random.default_rng(seed)
+  counts = np.asarray(counts, np.int32)
+  ids = rng.integers(-5, blocks + 5, (*counts.shape, max(1, counts.max() + 1))).astype(np.int32)
+  for at in np.ndindex(counts.shape):
+    ids[at][: counts[at]] = np.sort(rng.permutation(np.arange(first, blocks))[: counts[at]])
+  validate_lists(ids, counts, blocks * 64)
+  return jnp.asarray(ids), jnp.asarray(counts)
+
+
+def oracle_gradients(q, k, v, ids, counts, dout, dlse, *, prefix_blocks, prefix_k, kv_valid, scale):
+  """dq, dk, dv, dprefix_k in fp64."""
+  q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
+  keys = k.copy()
+  if prefix_k is not None:
+    keys[:, : prefix_blocks * 64] = np.asarray(prefix_k, np.float64)
+  dq, dkeys, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(k)
+  for b, n, tile in np.ndindex(counts.shape):
+    read = [*range(prefix_blocks), *np.asarray(ids[b, n, tile, : counts[b, n, tile]])]
+    if not read:
+      continue
+    slots = np.concatenate([np.arange(x * 64, x * 64 + kv_valid) for x in read])
+    rows = slice(tile * 128, tile * 128 + 128)
+    s = q[b, rows, n] @ keys[b, slots, n].T * scale
+    p = np.exp(s - s.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    dp = dout[b, rows, n] @ v[b, slots, n].T
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True) + np.asarray(dlse[b, n, rows], np.float64)[:, None]) * scale
+    dq[b, rows, n] = ds @ keys[b, slots, n]
+    dkeys[b, slots, n] += ds.T @ q[b, rows, n]
+    dv[b, slots, n] += p.T @ dout[b, rows, n]
+  if prefix_k is None:
+    return dq, dkeys, dv
+  own = dkeys[:, : prefix_blocks * 64].copy()
+  dkeys[:, : prefix_blocks * 64] = 0
+  return dq, dkeys, dv, own
+
+
+def close(got, want, limit):
+  got, want = (np.asarray(x, np.float64) for x in (got, want))
+  error = np.linalg.norm(got - want) / np.linalg.norm(want)
+  assert error <= limit, f"relative L2 {error}"
+
+
+# 2e-3 is what rounding the output and the probabilities to bf16 costs.
+@pytest.mark.parametrize(
+  "h, dtype, valid, prefix, own_keys, counts, settings",
+  [
+    (64, jnp.bfloat16, 60, 0, False, [[[0, 7]], [[4, 1]]], Config()),
+    (64, jnp.bfloat16, 48, 3, True, [[[2, 5]]], config(64, 48)),
+    (128, jnp.bfloat16, 64, 1, False, [[[6], [3]]], config(128, 64)),
+    (128, jnp.float16, 60, 2, True, [[[0], [5]]], Config(forward_stages=3, forward_width=1)),
+  ],
+)
+def test_forward_matches_oracle(interpret, h, dtype, valid, prefix, own_keys, counts, settings):
+  blocks, (b, n, q) = 10, np.shape(counts)
+  shapes = [(b, q * 128, n, h), *[(b, blocks * 64, n, h)] * 2, (b, prefix * 64, n, h)]
+  q, k, v, prefix_k = draw(h + valid, *shapes, dtype=dtype)
+  prefix_k = prefix_k if own_keys else None
+  ids, counts = lists(1, counts, prefix, blocks)
+  call = Call(h**-0.5, valid, config=settings, interpret=interpret)
+  out, lse = pbsa_mosaic(call, q, k, v, prefix_k, ids, counts, jnp.int32(prefix))
+  want, want_lse = oracle(q, k, v, ids, counts, prefix_blocks=prefix, prefix_k=prefix_k, kv_valid=valid)
+  close(out, want, 3e-3)
+  np.testing.assert_allclose(lse, want_lse, atol=2e-6)
+  assert no_races()
+
+
+def test_stacked_layer(interpret):
+  q, k, v = draw(3, (2, 128, 2, 64), *[(3, 2, 256, 2, 64)] * 2)
+  ids, counts = lists(4, [[[1], [2]], [[3], [0]]], 1, 4)
+  out, _ = pbsa_mosaic(Call(0.1, 60, interpret=interpret), q, k, v, None, ids, counts, 1, jnp.int32(2))
+  close(out, oracle(q, k[2], v[2], ids, counts, prefix_blocks=1, kv_valid=60, scale=0.1)[0], 3e-3)
+  assert no_races()
+
+
+def test_the_detector_sees_a_missing_fence(interpret, monkeypatch):
+  monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
+  q, k, v = draw(5, (1, 128, 1, 64), *[(1, 128, 1, 64)] * 2)
+  ids, counts = lists(6, [[[2]]], 0, 2)
+  pbsa_mosaic(Call(0.1, 64, interpret=interpret), q, k, v, None, ids, counts, 0)
+  assert not no_races()
+
+
+@pytest.mark.parametrize(
+  "h, valid, prefix, own_keys, counts, grad_range, scale, settings",
+  [
+    (64, 60, 0, False, [[[0, 3]], [[4, 1]]], None, 1.0, Config(dkv_blocks=4)),
+    (64, 48, 2, True, [[[1, 2]]], (1, 3), 4.0, config(64, 48)),
+    (128, 64, 1, False, [[[4, 1]]], (2, 4), 16.0, config(128, 64)),
+  ],
+)
+def test_gradients_match_oracle(interpret, h, valid, prefix, own_keys, counts, grad_range, scale, settings):
+  blocks, (b, n, q) = 6, np.shape(counts)
+  shapes = [(b, q * 128, n, h), *[(b, blocks * 64, n, h)] * 2, *[(b, prefix * 64, n, h)] * own_keys]
+  x = draw(h + valid, *shapes, scale=scale)
+  dout, dlse = draw(8, (b, q * 128, n, h))[0], draw(9, (b, n, q * 128), dtype=jnp.float32)[0]
+  ids, counts = lists(7, counts, prefix, blocks)
+  call = Call(h**-0.5, valid, grad_range, settings, interpret)
+  f = lambda q, k, v, p=None: pbsa_mosaic(call, q, k, v, p, ids, counts, jnp.int32(prefix))
+  got = jax.vjp(f, *x)[1]((dout, dlse))
+  assert no_races()
+  want = oracle_gradients(
+    *x[:3], ids, counts, dout, dlse,
+    prefix_blocks=prefix, prefix_k=x[3] if own_keys else None, kv_valid=valid, scale=call.scale,
+  )  # fmt: skip
+  first, last = grad_range or (0, blocks)
+  for array in want[1:3]:
+    array[:, : first * 64], array[:, (last + 1) * 64 :] = 0, 0
+  for a, w in zip(got, want, strict=True):
+    close(a, w, 5e-3)
+    assert not np.any(np.asarray(a)[w == 0])
+
+
+def test_transposed_lists():
+  ids, counts = random_lists(np.random.default_rng(9), 2, 3, 5, 4, 2, 9)
+  tiles, readers = (np.asarray(x) for x in jax.jit(transpose_lists, static_argnums=3)(ids, counts, 2, 9))
+  for b, n, block in np.ndindex(readers.shape):
+    want = [q for q in range(5) if block < 2 or block in ids[b, n, q, : counts[b, n, q]]]
+    assert list(tiles[b, n, block, : readers[b, n, block]]) == want
+
+
+PRODUCTION = dict(h=128, n=12, tiles=39, blocks=294, kmax=59, prefix=60, valid=60)
+DIGITS = dict(h=64, n=4, tiles=6, blocks=84, kmax=21, prefix=12, valid=48)
+
+
+@pytest.mark.parametrize("shape", [PRODUCTION, DIGITS], ids=["production", "digits"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_lowers_for_cuda(shape, gradient):
+  h, n, tiles, blocks, kmax, prefix, valid = shape.values()
+  of = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
+  call = Call(h**-0.5, valid, None, config(h, valid))
+  stack = () if gradient else (30,)
+
+  def attend(q, k, v, prefix_k, ids, counts, prefix):
+    layer = None if gradient else jnp.int32(7)
+    return pbsa_mosaic(call, q, k, v, prefix_k, ids, counts, prefix, layer)[0].astype(jnp.float32).sum()
+
+  lowered = jax.jit(jax.grad(attend, range(4)) if gradient else attend).trace(
+    of(2, tiles * 128, n, h),
+    *[of(*stack, 2, blocks * 64, n, h)] * 2,
+    of(2, prefix * 64, n, h),
+    of(2, n, tiles, kmax, dtype=jnp.int32),
+    of(2, n, tiles, dtype=jnp.int32),
+    of(dtype=jnp.int32),
+  )
+  text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("@mosaic_gpu_v2") == (3 if gradient else 1)
+
+
+@pytest.mark.parametrize(
+  "h, dtype, scale, match",
+  [
+    (64, jnp.float32, None, "dtype float32"),
+    (96, jnp.bfloat16, None, "head dim 96"),
+    (64, jnp.bfloat16, -1.0, "scale: -1"),
+    (64, jnp.bfloat16, None, "Hopper GPU"),
+  ],
+)
+def test_unsupported_calls_say_why(h, dtype, scale, match):
+  x = draw(10, (1, 128, 1, h), *[(1, 128, 1, h)] * 2, dtype=dtype)
+  ids, counts = lists(11, [[[2]]], 0, 2)
+  with pytest.raises(NotImplementedError, match=match):
+    pbsa(*x, ids, counts, scale=scale, implementation="mosaic_sm90")
+
+
+def test_no_hopper_falls_back():
+  x = draw(10, (1, 128, 1, 64), *[(1, 128, 1, 64)] * 2)
+  ids, counts = lists(11, [[[2]]], 0, 2)
+  np.testing.assert_array_equal(pbsa(*x, ids, counts), pbsa(*x, ids, counts, implementation="xla"))
+
+
+@pytest.mark.parametrize(
+  "change, match",
+  [
+    (dict(prefix_blocks=3), "prefix_blocks: 3"),
+    (dict(kv_grad_range=(1, 2)), r"kv_grad_range: \(1, 2\)"),
+    (dict(prefix_k=jnp.zeros((1, 192, 1, 64), jnp.bfloat16)), "prefix_k: 192 slots"),
+  ],
+)
+def test_wrong_ranges_are_named(change, match):
+  x = draw(12, (1, 128, 1, 64), *[(1, 128, 1, 64)] * 2)
+  with pytest.raises(ValueError, match=match):
+    pbsa(*x, *lists(11, [[[2]]], 0, 2), **change)
