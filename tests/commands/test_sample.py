@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sfjax
 from sfjax import sampling
 from sfjax.codec import DigitsCodec
 from sfjax.memory import memory_bytes
@@ -119,7 +120,7 @@ def test_a_first_image_and_a_video_open_the_result(run_sample, tmp_path):
 
 def test_the_library_makes_the_video_of_the_command(run_sample, model_folder):
   run = run_sample(*RED, "--seconds", 0.9, "--seed", 2)
-  np.testing.assert_array_equal(sampling.sample("a red 3", 0.9, 2, model_folder), run.frames)
+  np.testing.assert_array_equal(sfjax.sample("a red 3", 0.9, 2, model_folder), run.frames)
 
 
 def test_presets_keep_the_kv_bytes_of_the_sparse_memory(config):
