@@ -33,23 +33,28 @@ def main(argv: list[str]) -> None:
     params = training.init_model(config)
     state = {"step": jnp.zeros((), jnp.int32), "params": params, "ema": jax.tree.map(jnp.copy, params)}
     state["opt"] = training.optimizer(config).init(params)
-    frames = rng.integers(0, 255, (stage.batch, frames_of_chunks(stage.chunks), 64, 64, 3), np.uint8)
-    words = rng.integers(0, 10, (stage.batch, config.model.text_len)).astype(np.int32)
-    step = jax.jit(functools.partial(training.train_step, config, stage), donate_argnums=0)
+    batches = [
+      (
+        rng.integers(0, 255, (part.batch, frames_of_chunks(part.chunks), 64, 64, 3), np.uint8),
+        rng.integers(0, 10, (part.batch, config.model.text_len)).astype(np.int32),
+      )
+      for part in stage.parts
+    ]
+    step = jax.jit(functools.partial(training.train_step, config, stage, training.data_mesh()), donate_argnums=0)
     began = time.perf_counter()
-    state, m = step(state, frames, words)
+    state, m = step(state, batches)
     m["loss"].block_until_ready()
     compiled = time.perf_counter() - began
     times = []
     for _ in range(6):
       began = time.perf_counter()
-      state, m = step(state, frames, words)
+      state, m = step(state, batches)
       m["loss"].block_until_ready()
       times.append(time.perf_counter() - began)
     if a.trace:
       with jax.profiler.trace(f"{a.trace}/stage{stage.chunks}"):
         for _ in range(3):
-          state, m = step(state, frames, words)
+          state, m = step(state, batches)
         m["loss"].block_until_ready()
     ms = float(np.median(times)) * 1e3
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30

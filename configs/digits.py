@@ -12,7 +12,7 @@ from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
 
 # rope_cap: the largest age of a block in training's longest clips
-SPARSE = MemoryConfig(window=2, persistent=16, top_k=0.25, importance="learned", rope_cap=30)
+SPARSE = MemoryConfig(window=2, persistent=16, top_k=0.25, importance="learned", rope_cap=30, route_parts=2)
 SHIFT = 15.0  # large bright shapes, the same in nine frames: they are decided above sigma 0.9 (NOTES.md)
 MEMORY = {
   "": SPARSE,
@@ -28,17 +28,17 @@ def get_config(variant=""):
   if variant not in MEMORY:
     raise ValueError(f"unknown variant {variant!r}; accepted are {', '.join(repr(v) for v in MEMORY)}")
   stages = (
-    Stage(until=0.6, chunks=7, batch=24, p_memory=0.5, hide=(1, 3)),
-    Stage(until=1.0, chunks=11, batch=16, p_memory=0.6, hide=(1, 7)),
+    Stage(until=0.4, chunks=7, batch=24, p_memory=0.5, hide=(1, 3), firsts=96),
+    Stage(until=1.0, chunks=25, batch=8, p_memory=0.6, hide=(1, 18), firsts=96),
   )
-  train = TrainConfig(steps=1200, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT)
+  train = TrainConfig(steps=1400, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT)
   if variant == "base":
     stages = (
-      Stage(until=0.5, chunks=1, batch=128, dense=True),
-      Stage(until=0.72, chunks=5, batch=24, dense=True, p_memory=0.5, hide=(1, 1)),
+      Stage(until=0.6, chunks=1, batch=128, dense=True),
+      Stage(until=0.78, chunks=5, batch=24, dense=True, p_memory=0.5, hide=(1, 1)),
       Stage(until=1.0, chunks=9, batch=12, dense=True, p_memory=0.7, hide=(1, 4)),  # reading far back is learnt dense
     )
-    train = TrainConfig(steps=7000, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT, warmup=200, decay=0.2)
+    train = TrainConfig(steps=12000, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT, warmup=200, decay=0.2)
   if variant == "tiny":
     stages = (Stage(0.5, chunks=2, batch=2, dense=True), Stage(1.0, chunks=5, batch=2, p_memory=0.5, hide=(1, 1)))
     train = TrainConfig(steps=8, stages=stages, warmup=2, log_every=2, save_every=2)
@@ -50,7 +50,7 @@ def get_config(variant=""):
       name="digits",
       model=model,
       memory=MEMORY[variant],
-      sampler=SamplerConfig(steps=20, shift=SHIFT, guidance=1.5),
+      sampler=SamplerConfig(steps=20, shift=SHIFT, guidance=6.0),
       data=DataConfig(),
       train=train,
     )

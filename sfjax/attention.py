@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK, pbsa
@@ -18,12 +19,14 @@ from sfjax.model import ModelConfig
 from sfjax.rope import turn_forward
 from sfjax.routing import (
   MemoryConfig,
+  block_means,
   capped_turn,
   importance,
   pool_keys,
   pool_queries,
   route_window,
   select_persistent,
+  tile_means,
 )
 
 
@@ -37,7 +40,7 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool):
   def attend(block, m: kv.KVMemory, q, k, v):
     q, k, v = (layout.pack(x[:, 0]) for x in (q, k, v))
     m = kv.write_chunk(model, cfg, m, k, v)
-    q_pooled = pool_queries(q, layout)
+    q_pooled = pool_queries(q, layout, cfg.route_parts)
     if cfg.selects or layout.blocks > layout.full_blocks:
       ids, counts = kv.route(model, cfg, m, q_pooled)
       prefix = cfg.persistent_count(layout, m.chunk) if cfg.persistent else 0
@@ -86,10 +89,11 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
     b, streams, _, heads, dim = q.shape
     rows = q, k, v
     q, k, v = (layout.pack(x) for x in rows)  # [B,G,Sc,N,H]
-    q_pooled, k_pooled = pool_queries(q, layout), pool_keys(k, layout)
+    q_pooled, k_pooled = pool_queries(q, layout, cfg.route_parts), pool_keys(k, layout, cfg.route_parts)
     loss = jnp.zeros(())
     if cfg.importance == "learned":
-      loss = importance_loss(model, later or cfg.window, n, block.log_importance, q_pooled[:, -n:], k_pooled[:, :-n])
+      q_means, k_means = tile_means(layout, q_pooled[:, -n:]), block_means(k_pooled[:, :-n])
+      loss = importance_loss(model, later or cfg.window, n, block.log_importance, q_means, k_means)
     if not cfg.selects:
       nobody = jnp.zeros((b, n, heads, 0), jnp.int32)
       return _window_attention(cfg, n, *rows), Parallel(nobody, None, None, loss)
@@ -112,31 +116,44 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
 
 def _window_attention(cfg: MemoryConfig, n: int, q, k, v) -> Float[Array, "B G T N H"]:
   """The parallel form of a memory that selects nothing: every chunk attends to its whole window, no lists needed."""
-  given = q.shape[1] - n
+  b, rows, given = *q.shape[:2], q.shape[1] - n
   fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2  # no score leaves the chip
-  out = []
-  for row in range(q.shape[1]):
-    t = row - given if row >= given else row
-    before = slice(max(0, t - cfg.window + 1), t)
-    window = (jnp.concatenate([x[:, before], x[:, row : row + 1]], 1) for x in (k, v))
-    k_t, v_t = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in window)
-    out.append(jax.nn.dot_product_attention(q[:, row], k_t, v_t, implementation="cudnn" if fused else "xla"))
+  chunk = [*range(given), *range(n)]
+  out = [None] * rows
+  for size in range(1, min(cfg.window, n) + 1):  # rows that read equally many chunks, side by side
+    same = [row for row in range(rows) if min(chunk[row] + 1, cfg.window) == size]
+    before = [slice(chunk[row] - size + 1, chunk[row]) for row in same]
+    window = lambda x, row, past: jnp.concatenate([x[:, past], x[:, row : row + 1]], 1)
+    q_s = jnp.stack([q[:, row] for row in same], 1)
+    k_s, v_s = (jnp.stack([window(x, *w) for w in zip(same, before, strict=True)], 1) for x in (k, v))
+    q_s, k_s, v_s = (x.reshape(b * len(same), -1, *q.shape[3:]) for x in (q_s, k_s, v_s))
+    found = jax.nn.dot_product_attention(q_s, k_s, v_s, implementation="cudnn" if fused else "xla")
+    for row, x in zip(same, jnp.unstack(found.reshape(b, len(same), *q.shape[2:]), axis=1), strict=True):
+      out[row] = x
   return jnp.stack(out, 1)
 
 
 def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segments: bool) -> Parallel:
-  """Every chunk's P and lists from pooled vectors [B,G,Q|nb,N,H]: the cached rollout's decisions, replayed."""
+  """Every chunk's P and lists from pooled vectors [B,G,Q|nb,I|A,N,H]: the cached rollout's decisions, replayed."""
   layout, nb, c, w = model.layout, model.layout.blocks, cfg.persistent, cfg.window
-  b, streams, _, heads, dim = k_pooled.shape
+  b, streams, _, patches, heads, dim = k_pooled.shape
   given = streams - n  # clean chunks
   clean, noisy = k_pooled[:, :given], k_pooled[:, given:]
-  clean = jnp.pad(clean, ((0, 0), (0, n - given), (0, 0), (0, 0), (0, 0)))  # nobody reads an absent last chunk
+  clean = jnp.pad(clean, [(0, 0), (0, n - given)] + [(0, 0)] * 4)  # nobody reads an absent last chunk
   total = n * nb
   # Blocks by origin, with the chunks before the first one (invalid) in front and one empty block behind.
-  history = jnp.pad(clean.reshape(b, total, heads, dim), ((0, 0), ((w - 1) * nb, 1), (0, 0), (0, 0)))
+  history = clean.reshape(b, total, patches, heads, dim)
+  history = jnp.pad(history, [(0, 0), ((w - 1) * nb, 1)] + [(0, 0)] * 3)
+  means = block_means(history)
   key = jax.random.wrap_key_data(rng, impl="threefry2x32")
   tile_ok = jnp.arange(nb) < layout.full_blocks
   big = streams * nb + n * c
+  at = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
+  window = lambda x, t: jax.lax.dynamic_slice_in_dim(x, t * nb, w * nb, 1)
+
+  def window_of(t):  # origin of each window position, and whether a block with tokens is there
+    position = (t - w + 1) * nb + jnp.arange(w * nb)
+    return position, (position >= 0) & jnp.tile(tile_ok, w)
 
   def step(carry, t):
     persistent, p_score, score = carry  # [B,N,C] origins, their scores; window scores [B,N,W nb], oldest chunk first
@@ -149,18 +166,41 @@ def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segme
       take = lambda x: jnp.where(kept, jnp.take_along_axis(x, index, -1), -1)
       persistent, p_score = take(origin), take(candidate)
     score = jnp.roll(score, -nb, -1)
-    window = jax.lax.dynamic_slice_in_dim(history, t * nb, w * nb, 1)
-    position = (t - w + 1) * nb + jnp.arange(w * nb)  # origin of each window position
-    valid = (position >= 0) & jnp.tile(tile_ok, w)
-    own = jax.lax.dynamic_index_in_dim(noisy, t, 1, keepdims=False)
-    noisy_window = jnp.concatenate([window[:, : (w - 1) * nb], own], 1)
-    q_clean, q_noisy = (jax.lax.dynamic_index_in_dim(q_pooled, i, 1, keepdims=False) for i in (t, given + t))
+    _, valid = window_of(t)
+    resident, ok = window(means, t), jnp.broadcast_to(valid, (b, heads, w * nb))  # the commit pass: their new scores
+    if c:
+      p_pooled = jnp.take_along_axis(
+        means,
+        jnp.where(persistent >= 0, persistent + (w - 1) * nb, means.shape[1] - 1).transpose(0, 2, 1)[..., None],
+        1,
+      )
+      if cfg.rope_cap is not None:
+        p_pooled = turn_forward(
+          p_pooled, capped_turn(cfg, (t - persistent // nb) * model.chunk_frames).transpose(0, 2, 1)
+        )
+      resident = jnp.concatenate([p_pooled, resident], 1)
+      ok = jnp.concatenate([persistent >= 0, ok], -1)
+    new = importance(
+      cfg,
+      layout,
+      head,
+      tile_means(layout, at(q_pooled, t)),
+      resident,
+      ok,
+      jnp.concatenate([p_score, score], -1),
+      jnp.asarray(t, jnp.int32),
+      key,
+    )
+    return (persistent, new[..., :c], new[..., c:]), persistent
 
-    # Lists over the key array [clean | noisy | P segments].
+  def lists(t, persistent):  # over the key array [clean | noisy | P segments], of the clean and of the noisy chunk
+    position, valid = window_of(t)
+    clean_keys = window(history, t)
+    noisy_keys = jnp.concatenate([clean_keys[:, : (w - 1) * nb], at(noisy, t)], 1)
     noisy_position = jnp.where(jnp.arange(w * nb) >= (w - 1) * nb, position + given * nb, position)
-    lists = []
-    for queries, keys, where in ((q_clean, window, position), (q_noisy, noisy_window, noisy_position)):
-      index, counts = route_window(cfg, layout, queries, keys, valid, t)
+    out = []
+    for row, keys, where in ((t, clean_keys, position), (given + t, noisy_keys, noisy_position)):
+      index, counts = route_window(cfg, layout, at(q_pooled, row), keys, valid, t)
       ids = jnp.append(where, big)[index]
       if c:
         p_ids = streams * nb + t * c + jnp.arange(c) if segments else persistent
@@ -168,37 +208,21 @@ def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segme
         ids = jnp.concatenate([jnp.broadcast_to(p_ids, (*ids.shape[:3], c)), ids], -1)
         counts = counts + cfg.persistent_count(layout, t)
       # P and its unused budget share full_k + C entries, so the rest of a sorted list is never read
-      lists.append((jnp.sort(ids, -1)[..., : cfg.full_k(layout) + c].astype(jnp.int32), counts))
-
-    # The commit pass: new scores of the residents.
-    resident, ok = window, jnp.broadcast_to(valid, (b, heads, w * nb))
-    if c:
-      p_pooled = jnp.take_along_axis(
-        history,
-        jnp.where(persistent >= 0, persistent + (w - 1) * nb, history.shape[1] - 1).transpose(0, 2, 1)[..., None],
-        1,
-      )
-      if cfg.rope_cap is not None:
-        p_pooled = turn_forward(
-          p_pooled, capped_turn(cfg, (t - persistent // nb) * model.chunk_frames).transpose(0, 2, 1)
-        )
-      resident = jnp.concatenate([p_pooled, window], 1)
-      ok = jnp.concatenate([persistent >= 0, ok], -1)
-    new = importance(
-      cfg, layout, head, q_clean, resident, ok, jnp.concatenate([p_score, score], -1), jnp.asarray(t, jnp.int32), key
-    )
-    return (persistent, new[..., :c], new[..., c:]), (persistent, lists)
+      out.append((jnp.sort(ids, -1)[..., : cfg.full_k(layout) + c].astype(jnp.int32), counts))
+    return out
 
   start = (
     jnp.full((b, heads, c), -1, jnp.int32),
     jnp.zeros((b, heads, c), jnp.float32),
     jnp.zeros((b, heads, w * nb), jnp.float32),
   )
-  _, (persistent, lists) = jax.lax.scan(step, start, jnp.arange(n))
+  _, persistent = jax.lax.scan(step, start, jnp.arange(n))  # one after the other, as little as can be
+  found = jax.vmap(lists)(jnp.arange(n), persistent)
   # [n,B,N,Q,...] of both streams -> rows in the order of q: clean chunks, then noisy ones.
   rows = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, heads, -1, *x.shape[4:])
-  ids, counts = (jnp.concatenate([rows(lists[0][i][:given]), rows(lists[1][i])], 2) for i in (0, 1))
-  return jax.lax.stop_gradient(Parallel(jnp.moveaxis(persistent, 0, 1), ids, counts, jnp.zeros(())))
+  ids, counts = (jnp.concatenate([rows(found[0][i][:given]), rows(found[1][i])], 2) for i in (0, 1))
+  plan = jax.lax.stop_gradient((jnp.moveaxis(persistent, 0, 1), ids, counts))
+  return Parallel(*checkpoint_name(plan, "plan"), jnp.zeros(()))
 
 
 def importance_loss(model, later: int, n: int, head, q_noisy, k_clean) -> Float[Array, ""]:
@@ -224,6 +248,6 @@ def importance_loss(model, later: int, n: int, head, q_noisy, k_clean) -> Float[
   best, _ = jax.lax.scan(
     reads, jnp.zeros((b, heads, (n - 1) * nb), jnp.float32), (jnp.arange(1, n), jnp.moveaxis(q_noisy[:, 1:], 1, 0))
   )
-  target = jax.lax.stop_gradient(jnp.log(best + 1e-3))
+  target = checkpoint_name(jax.lax.stop_gradient(jnp.log(best + 1e-3)), "plan")
   weight = (real & (chunk_of_key < n - later)).astype(jnp.float32)
   return (weight * (head(k) - target) ** 2).sum() / (weight.sum() * b * heads)

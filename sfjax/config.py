@@ -44,6 +44,7 @@ class Stage:
     chunks, batch: clip length and clips per step.
     dense: the whole clip is the window (no persistent blocks, no sparsity).
     p_memory: share of clips in which a digit is hidden. hide: shortest and longest hiding time in chunks.
+    firsts: further clips of one chunk in every step. A first chunk is made from the prompt alone, and long clips show few.
   """
 
   until: float
@@ -52,6 +53,14 @@ class Stage:
   dense: bool = False
   p_memory: float = 0.0
   hide: tuple[int, int] = (1, 2)
+  firsts: int = 0
+
+  @property
+  def parts(self) -> tuple["Stage", ...]:
+    """The batches of a step: the clips, and the one-chunk clips beside them; a step's loss is the sum of theirs."""
+    long = dataclasses.replace(self, firsts=0)
+    short = dataclasses.replace(long, chunks=1, batch=self.firsts, dense=True, p_memory=0.0)
+    return (long, short) if self.firsts else (long,)
 
 
 @dataclasses.dataclass(frozen=True)

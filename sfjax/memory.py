@@ -3,7 +3,8 @@
 A layer holds C persistent blocks, then the window's W chunks (chunk t in ring slot t mod W). Every leaf leads with the layer
 axis; the functions below take one layer's slice, so `jax.vmap` or a scan over layers applies them. A snapshot is the pytree.
 
-Letters: L layers, B batch, N heads, H head dim, S slots, K = S / 64 blocks, R = K resident blocks, M text rows.
+Letters: L layers, B batch, N heads, H head dim, S slots, K = S / 64 blocks, R = K resident blocks, M text rows,
+A and I pooled vectors of a block and of a query tile.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,16 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.pbsa import BLOCK
 from sfjax.model import ModelConfig
 from sfjax.rope import turn_forward
-from sfjax.routing import MemoryConfig, capped_turn, importance, pool_keys, route_window, select_persistent
+from sfjax.routing import (
+  MemoryConfig,
+  block_means,
+  capped_turn,
+  importance,
+  pool_keys,
+  route_window,
+  select_persistent,
+  tile_means,
+)
 
 
 @struct.dataclass
@@ -26,14 +36,15 @@ class KVMemory:
 
   Attributes:
     k, v: slots, persistent blocks first; keys are stored rotated at their own frame.
-    pooled: mean key per block, bfloat16. score: importance. origin: chunk * nb + tile a block came from, -1 when empty.
+    pooled: mean keys of a block's patches, bfloat16. score: importance.
+    origin: chunk * nb + tile a block came from, -1 when empty.
     chunk: the chunk to be generated next (or being generated). rng: key data for "random" importance.
     cross_k, cross_v: keys and values of the prompt.
   """
 
   k: Float[Array, "*L B S N H"]
   v: Float[Array, "*L B S N H"]
-  pooled: Float[Array, "*L B K N H"]
+  pooled: Float[Array, "*L B K A N H"]
   score: Float[Array, "*L B N K"]
   origin: Int32[Array, "*L B N K"]
   chunk: Int32[Array, "*L"]
@@ -47,7 +58,7 @@ class Commit(NamedTuple):
 
   k: Float[Array, "*L B Sc N H"]
   v: Float[Array, "*L B Sc N H"]
-  pooled: Float[Array, "*L B nb N H"]
+  pooled: Float[Array, "*L B nb A N H"]
   score: Float[Array, "*L B N R"]
 
 
@@ -60,7 +71,7 @@ def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Arr
   return KVMemory(
     k=slots,
     v=slots,
-    pooled=jnp.zeros((layers, batch, blocks, model.heads, model.head_dim), jnp.bfloat16),
+    pooled=jnp.zeros((layers, batch, blocks, cfg.route_parts**2, model.heads, model.head_dim), jnp.bfloat16),
     score=jnp.zeros((layers, batch, model.heads, blocks), jnp.float32),
     origin=jnp.full((layers, batch, model.heads, blocks), -1, jnp.int32),
     chunk=jnp.zeros((layers,), jnp.int32),
@@ -76,7 +87,7 @@ def memory_bytes(model: ModelConfig, cfg: MemoryConfig, batch: int = 1) -> dict[
   width = model.layers * batch * model.heads * model.head_dim
   size = jnp.dtype(model.dtype).itemsize
   return {
-    "kv": 2 * width * blocks * BLOCK * size + width * blocks * 2,
+    "kv": 2 * width * blocks * BLOCK * size + width * blocks * cfg.route_parts**2 * 2,
     "cross": 2 * width * model.text_len * size,
     "bookkeeping": model.layers * (batch * model.heads * blocks * 8 + 4 + 8),
   }
@@ -112,16 +123,16 @@ def begin_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> KVMemory:
     by_head = lambda x: jnp.where(kept, jnp.take_along_axis(x[:, :, candidates], index, -1), -1)
     origin, score = by_head(m.origin), by_head(m.score)
 
-    def by_block(x, width):  # [B,K*width,N,H]: every head gathers its own blocks
-      x = x.reshape(x.shape[0], -1, width, *x.shape[2:])
+    def by_block(x, width):  # every head gathers its own blocks, of `width` vectors each
+      blocks = x.reshape(x.shape[0], -1, width, *x.shape[-2:])
       at, keep = (a.transpose(0, 2, 1)[:, :, None, :, None] for a in (index, kept))
-      moved = jnp.where(keep, jnp.take_along_axis(x[:, candidates], at, 1), 0)
-      return x.at[:, :c].set(moved).reshape(x.shape[0], -1, *x.shape[3:])
+      moved = jnp.where(keep, jnp.take_along_axis(blocks[:, candidates], at, 1), 0)
+      return blocks.at[:, :c].set(moved).reshape(x.shape)
 
     m = m.replace(
       k=by_block(m.k, BLOCK),
       v=by_block(m.v, BLOCK),
-      pooled=by_block(m.pooled, 1),
+      pooled=by_block(m.pooled, cfg.route_parts**2),
       score=m.score.at[:, :, :c].set(score),
       origin=m.origin.at[:, :, :c].set(origin),
     )
@@ -136,11 +147,11 @@ def write_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, k, v) -> KVM
   return m.replace(
     k=put(m.k, k, first * BLOCK),
     v=put(m.v, v, first * BLOCK),
-    pooled=put(m.pooled, pool_keys(k, model.layout), first),
+    pooled=put(m.pooled, pool_keys(k, model.layout, cfg.route_parts), first),
   )
 
 
-def route(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, q_pooled: Float[Array, "B Q N H"]):
+def route(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, q_pooled: Float[Array, "B Q I N H"]):
   """Lists for `pbsa` of the current chunk: (block ids int32 [B,N,Q,Kmax], counts int32 [B,N,Q]). One layer."""
   window = _resident(model, cfg, m.chunk)[cfg.persistent :]
   valid = m.origin[0, 0, window] >= 0
@@ -166,13 +177,14 @@ def _turn(model, cfg, m) -> Int32[Array, "B N C"]:
 def resident_scores(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, head, q_pooled) -> Float[Array, "B N R"]:
   """New importance of the resident blocks, in resident order, for a memory that holds the chunk's clean keys. One layer."""
   order = _resident(model, cfg, m.chunk)
-  pooled = m.pooled[:, order]
+  pooled = block_means(m.pooled[:, order])
   if cfg.rope_cap is not None and cfg.persistent:
     turned = turn_forward(pooled[:, : cfg.persistent], _turn(model, cfg, m).transpose(0, 2, 1))
     pooled = jnp.concatenate([turned, pooled[:, cfg.persistent :]], 1)
   valid: Bool[Array, "B N R"] = m.origin[:, :, order] >= 0
   rng = jax.random.wrap_key_data(m.rng, impl="threefry2x32")
-  return importance(cfg, model.layout, head, q_pooled, pooled, valid, m.score[:, :, order], m.chunk, rng)
+  means = tile_means(model.layout, q_pooled)
+  return importance(cfg, model.layout, head, means, pooled, valid, m.score[:, :, order], m.chunk, rng)
 
 
 def commit_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, update: Commit) -> KVMemory:

@@ -30,7 +30,7 @@ class ModelConfig:
     latent_size: rows and columns of a latent frame (before the 2x2 patch).
     prediction: what the network's output means, "flow" (Wan: noise - x0) or "x0".
     importance_head: one linear map per layer and head on pooled keys (learned importance); absent from Wan's weights.
-    remat: "none", "full", or "dots" (keep matrix products).
+    remat: "none", "full", or "dots" (keep matrix products); the attention's plan is kept in any case.
   """
 
   dim: int
@@ -282,8 +282,10 @@ class DiT(nnx.Module):
 def _remat(fn, policy: str):
   if policy == "none":
     return fn
-  policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-  return jax.checkpoint(fn, policy=policies[policy])
+  keep = jax.checkpoint_policies
+  plan = keep.save_only_these_names("plan")  # small, and long to find again
+  both = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, plan)
+  return jax.checkpoint(fn, policy={"full": plan, "dots": both}[policy])
 
 
 def patchify(x: Float[Array, "B G F h w C"], patch: tuple[int, int]) -> Float[Array, "B G tokens P"]:

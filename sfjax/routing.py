@@ -4,7 +4,8 @@ The cached rollout and the parallel training form both look at a chunk through t
 blocks in ascending order of origin, then the window's W chunks, oldest first. Everything here works on that view and carries
 no gradient, so the two forms agree to the last index.
 
-Letters: B batch, N heads, H head dim, Q query tiles, R = C + W nb resident blocks, X window blocks, K list length.
+Letters: B batch, N heads, H head dim, Q query tiles, R = C + W nb resident blocks, X window blocks, K list length; blocks and
+tiles are pooled into one vector, or into those of A patches of a block and I of a query tile.
 """
 
 import dataclasses
@@ -35,6 +36,8 @@ class MemoryConfig:
     score_decay: how much of the old score stays when a new one comes (0: the paper).
     sink_chunks: first chunks whose blocks enter P with an infinite score.
     rope_cap: largest temporal age of a persistent block, in latent frames; None for no cap.
+    route_parts: window blocks are ranked by the attention between patches of tokens, so many along a block's rows and
+      columns; 1 is the paper's single mean.
   """
 
   window: int
@@ -45,6 +48,7 @@ class MemoryConfig:
   score_decay: float = 0.0
   sink_chunks: int = 0
   rope_cap: int | None = None
+  route_parts: int = 1
 
   def __post_init__(self):
     for name, ok, want in (
@@ -55,6 +59,7 @@ class MemoryConfig:
       ("sharing", self.sharing in SHARING, f"one of {', '.join(SHARING)}"),
       ("score_decay", 0 <= self.score_decay < 1, "in [0, 1)"),
       ("sink_chunks", self.sink_chunks >= 0, "0 or more chunks"),
+      ("route_parts", self.route_parts >= 1, "1 or more"),
       ("rope_cap", self.rope_cap is None or self.rope_cap >= 1, "at least 1 latent frame, or None"),
     ):
       if not ok:
@@ -83,27 +88,79 @@ class MemoryConfig:
     return (jnp.minimum if isinstance(chunk, jax.Array) else min)(self.persistent, evicted * layout.full_blocks)
 
 
-def pool_keys(k: Float[Array, "*B S N H"], layout: BlockLayout) -> Float[Array, "*B K N H"]:
-  """Mean of each block's valid keys: float32 sums, rounded to bfloat16. Padding slots of k are zero."""
-  *b, _, n, h = k.shape
-  total = k.astype(jnp.float32).reshape(*b, -1, BLOCK, n, h).sum(-3)
-  return jax.lax.stop_gradient((total / layout.valid).astype(jnp.bfloat16))
+def _patch_means(x: Float[Array, "*B S N H"], layout: BlockLayout, parts: int) -> Float[Array, "*B K A N H"]:
+  """Means of each block's A = parts x parts patches of tokens, float32; zero where a block holds none."""
+  f, rows, columns = layout.tile
+  if rows % parts or columns % parts:
+    raise ValueError(f"route_parts: {parts} does not divide the rows and columns of tile {layout.tile}")
+  *b, _, n, h = x.shape
+  x = x.astype(jnp.float32).reshape(*b, -1, BLOCK, n, h)[..., : layout.valid, :, :]
+  x = x.reshape(*x.shape[:-3], f, parts, rows // parts, parts, columns // parts, n, h).mean((-7, -5, -3))
+  return x.reshape(*b, -1, parts * parts, n, h)
 
 
-def pool_queries(q: Float[Array, "*B T N H"], layout: BlockLayout) -> Float[Array, "*B Q N H"]:
-  """Mean over the valid rows of each query tile's two blocks, one chunk's rows at a time."""
-  *b, _, n, h = q.shape
-  total = q.astype(jnp.float32).reshape(*b, -1, 2 * BLOCK, n, h).sum(-3)
-  rows = np.full(layout.blocks // 2, 2 * layout.valid, np.float32)
-  if layout.blocks > layout.full_blocks:
-    rows[-1] = layout.valid
-  return jax.lax.stop_gradient((total / rows[:, None, None]).astype(jnp.bfloat16))
+def _holds_tokens(layout: BlockLayout, parts: int) -> Bool[np.ndarray, "Q I"]:
+  """Which patches of each query tile's two blocks hold tokens; all do, but those of an empty last block."""
+  full = np.arange(layout.blocks) < layout.full_blocks
+  return np.repeat(full, parts * parts).reshape(-1, 2 * parts * parts)
+
+
+def pool_keys(k: Float[Array, "*B S N H"], layout: BlockLayout, parts: int = 1) -> Float[Array, "*B K A N H"]:
+  """Means of each block's patches: float32 sums, rounded to bfloat16.
+
+  Raises:
+    ValueError: parts does not divide the tile.
+  """
+  return jax.lax.stop_gradient(_patch_means(k, layout, parts).astype(jnp.bfloat16))
+
+
+def pool_queries(q: Float[Array, "*B T N H"], layout: BlockLayout, parts: int = 1) -> Float[Array, "*B Q I N H"]:
+  """Of each query tile's two blocks: the mean over their tokens (parts = 1, I = 1), or their patches' means (I = 2 A)."""
+  x = _patch_means(q, layout, parts)
+  x = x.reshape(*x.shape[:-4], -1, 2 * x.shape[-3], *x.shape[-2:])
+  if parts == 1:
+    x = x.sum(-3, keepdims=True) / _holds_tokens(layout, 1).sum(-1)[:, None, None, None]
+  return jax.lax.stop_gradient(x.astype(jnp.bfloat16))
+
+
+def block_means(k_pooled: Float[Array, "*B A N H"]) -> Float[Array, "*B N H"]:
+  """One vector a block, of its patches' means."""
+  return k_pooled.astype(jnp.float32).mean(-3).astype(jnp.bfloat16)
+
+
+def tile_means(layout: BlockLayout, q_pooled: Float[Array, "*B Q I N H"]) -> Float[Array, "*B Q N H"]:
+  """One vector a query tile, of its patches' means."""
+  if q_pooled.shape[-3] == 1:
+    return q_pooled[..., 0, :, :]
+  count = _holds_tokens(layout, math.isqrt(q_pooled.shape[-3] // 2)).sum(-1)[:, None, None]
+  return (q_pooled.astype(jnp.float32).sum(-3) / count).astype(jnp.bfloat16)
 
 
 def block_scores(q_pooled: Float[Array, "B Q N H"], k_pooled: Float[Array, "B R N H"]) -> Float[Array, "B N Q R"]:
   """Pooled scores, scaled by 1/sqrt(H), float32."""
   s = jnp.einsum("bqnh,brnh->bnqr", q_pooled.astype(jnp.float32), k_pooled.astype(jnp.float32), precision="highest")
   return s * q_pooled.shape[-1] ** -0.5
+
+
+def block_mass(
+  layout: BlockLayout,
+  q_pooled: Float[Array, "B Q I N H"],
+  k_pooled: Float[Array, "B X A N H"],
+  valid: Bool[Array, " X"],
+) -> Float[Array, "B N Q X"]:
+  """Log of the attention that a tile's patches give to a block's patches, summed over both.
+
+  With one vector each this ranks blocks as `block_scores` does, whose values it then returns.
+  """
+  b, tiles, i, n, h = q_pooled.shape
+  a = k_pooled.shape[2]
+  flat = block_scores(q_pooled.reshape(b, tiles * i, n, h), k_pooled.reshape(b, -1, n, h))
+  if i == a == 1:
+    return flat
+  s = jnp.where(jnp.repeat(valid, a), flat, -jnp.inf).reshape(b, n, tiles, i, -1)
+  s = jax.nn.log_softmax(s, -1).reshape(b, n, tiles, i, -1, a)
+  s = jnp.where(_holds_tokens(layout, math.isqrt(a))[..., None, None], s, -jnp.inf)
+  return jax.nn.logsumexp(s, (3, 5))
 
 
 def importance(
@@ -156,9 +213,9 @@ def select_persistent(
 def route_window(
   cfg: MemoryConfig,
   layout: BlockLayout,
-  q_pooled: Float[Array, "B Q N H"],
-  k_pooled: Float[Array, "B X N H"],
-  valid: Bool[Array, "*X"],
+  q_pooled: Float[Array, "B Q I N H"],
+  k_pooled: Float[Array, "B X A N H"],
+  valid: Bool[Array, " X"],
   chunk: Int32[Array, ""],
 ) -> tuple[Int32[Array, "B N Q K"], Int32[Array, "B N Q"]]:
   """The window blocks each query tile reads: its own two first, then the best.
@@ -172,7 +229,7 @@ def route_window(
   x, nb = k_pooled.shape[1], layout.blocks
   own = (x - nb) + 2 * jnp.arange(nb // 2)[:, None] + jnp.arange(2)
   own = (jnp.arange(x) == own[..., None]).any(1)  # [Q,X]
-  s = jnp.where(own, jnp.inf, block_scores(q_pooled, k_pooled))
+  s = jnp.where(own, jnp.inf, block_mass(layout, q_pooled, k_pooled, valid))
   best, index = jax.lax.top_k(jnp.where(valid, s, -jnp.inf), cfg.max_k(layout))
   budget = cfg.full_k(layout) + cfg.persistent - cfg.persistent_count(layout, chunk)
   chosen = (best > -jnp.inf) & (jnp.arange(best.shape[-1]) < budget)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sfjax import rollout
 from sfjax.checkpoint import Checkpoints, export, load_params
@@ -121,12 +121,35 @@ def optimizer(config: Config) -> optax.GradientTransformation:
   return tx if t.accumulate == 1 else optax.MultiSteps(tx, t.accumulate).gradient_transformation()
 
 
-def train_step(config: Config, stage: Stage, state: dict, frames, words) -> tuple[dict, dict]:
-  """One step: state {"step", "params", "ema", "opt"} and metrics."""
-  latents = DigitsCodec().encode(frames)
-  key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
-  grad = jax.value_and_grad(lambda p: loss(config, stage, p, latents, words, key), has_aux=True)
-  (_, metrics), grads = grad(state["params"])
+def data_mesh() -> Mesh:
+  """All devices along the one axis "data": each takes its share of a batch."""
+  return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def train_step(config: Config, stage: Stage, mesh: Mesh, state: dict, batches: list) -> tuple[dict, dict]:
+  """One step: state {"step", "params", "ema", "opt"} and metrics. Devices differ in their clips and noise alone.
+
+  `batches` holds (frames, words) of each of the stage's parts.
+  """
+
+  def total(params, batches, key):
+    losses = []
+    for i, (part, (frames, words)) in enumerate(zip(stage.parts, batches, strict=True)):
+      latents = DigitsCodec().encode(frames)
+      losses.append(loss(config, part, params, latents, words, jax.random.fold_in(key, i)))
+    metrics = losses[0][1] | ({"flow_firsts": losses[1][1]["flow"]} if stage.firsts else {})
+    value = sum(value for value, _ in losses)
+    return value, metrics | {"loss": value}
+
+  def gradient(params, step, batches):  # of a device's own clips: kernels see whole arrays, no partitioner
+    key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+    key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+    (_, metrics), grads = jax.value_and_grad(total, has_aux=True)(params, batches, key)
+    return jax.lax.pmean((metrics, grads), "data")
+
+  shared, split = PartitionSpec(), PartitionSpec("data")
+  gradient = jax.shard_map(gradient, mesh=mesh, in_specs=(shared, shared, split), out_specs=shared, check_vma=False)
+  metrics, grads = gradient(state["params"], state["step"], batches)
   updates, opt = optimizer(config).update(grads, state["opt"], state["params"])
   params = optax.apply_updates(state["params"], updates)
   decay = jnp.minimum(config.train.ema, (1.0 + state["step"]) / (10.0 + state["step"]))
@@ -161,14 +184,13 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   """
   t = config.train
   workdir = make_folder(workdir, "--workdir")
-  sharding = NamedSharding(
-    jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data")
-  )
-  everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+  mesh = data_mesh()
+  sharding, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
   for stage in t.stages:
-    if stage.batch % jax.device_count():
-      raise UserError(f"config.train.stages: batch {stage.batch} does not divide over {jax.device_count()} devices")
-    clips(config, stage)
+    for part in stage.parts:
+      if part.batch % jax.device_count():
+        raise UserError(f"config.train.stages: batch {part.batch} does not divide over {jax.device_count()} devices")
+      clips(config, part)
   params = init_model(config)
   state = {
     "step": jnp.zeros((), jnp.int32),
@@ -187,10 +209,12 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   encoder = WordEncoder(config.model.text_len, config.model.text_dim)
   writer = MetricWriter(workdir, t.steps, step)
   pending, began, last_log = [], time.time(), (time.time(), step)
-  loader = running = None
+  loaders, running = [], None
 
   def save():
-    checkpoints.save(step, state["ema"], state, {"loader": [running, loader.get_state()], "config": to_dict(config)})
+    checkpoints.save(
+      step, state["ema"], state, {"loader": [running, *(x.get_state() for x in loaders)], "config": to_dict(config)}
+    )
 
   def flush():
     """Reads the metrics since the last log; stops the run, before anything is saved, if a loss is not finite."""
@@ -216,14 +240,17 @@ def train(config: Config, workdir: str) -> pathlib.Path:
         if running != t.stage_at(step):
           running = t.stage_at(step)
           stage = t.stages[running]
-          source, order = clips(config, stage), _DATA_SEED * t.seed + running
-          loader = make_loader(source, stage.batch, order, threads=t.threads, workers=t.workers)
+          order = _DATA_SEED * t.seed + running
+          loaders = [
+            make_loader(clips(config, part), part.batch, order, threads=t.threads, workers=t.workers)
+            for part in stage.parts
+          ]
           if loader_state and loader_state[0] == running:
-            loader.set_state(loader_state[1])
-          advance = jax.jit(functools.partial(train_step, config, stage), donate_argnums=0)
-        batch = next(loader)
-        words = encoder.tokens(batch["caption"], "caption")
-        state, metrics = advance(state, *jax.device_put((batch["frames"], words), sharding))
+            for loader, saved in zip(loaders, loader_state[1:], strict=True):
+              loader.set_state(saved)
+          advance = jax.jit(functools.partial(train_step, config, stage, mesh), donate_argnums=0)
+        batches = [(b["frames"], encoder.tokens(b["caption"], "caption")) for b in map(next, loaders)]
+        state, metrics = advance(state, jax.device_put(batches, sharding))
         pending.append(metrics)
         step += 1
         writer.advance()

@@ -29,7 +29,7 @@ COLOURS = {
   "magenta": (225, 60, 225),
   "cyan": (50, 220, 235),
 }
-WORDS = ("a", "and", "digit", *COLOURS, *(str(label) for label in range(handwriting.CLASSES)))
+WORDS = ("a", "and", "bar", "digit", *COLOURS, *(str(label) for label in range(handwriting.CLASSES)))
 VARIANTS = ("prompt", "memory")
 
 _TOKEN = 4  # pixels of a token, and frames of a latent
@@ -81,8 +81,8 @@ class DigitsConfig:
     chunks: length of a clip.
     min_digits, max_digits: digits of a clip.
     glyph_size: smallest and largest edge of a digit, in pixels.
-    caption_mix: probabilities of captions that name (colour and digit, colour, nothing); None takes (0.5, 0.4, 0.1),
-      and (0, 0.8, 0.2) for the memory variant, which never names a digit.
+    caption_mix: probabilities of captions that name (colour and digit, colour, nothing), and the bar; None takes
+      (0.5, 0.4, 0.1), and (0, 0.8, 0.2) for the memory variant, which never names a digit.
     p_occluder: prompt variant: probability of a grey bar that digits pass behind.
     max_entry: memory variant: digits enter at chunks 0..max_entry, as far as the clip has room.
     hide_chunks: memory variant: (probability, fewest, most) hidden chunks; what does not fit in the clip is left out.
@@ -491,7 +491,9 @@ def _draw(plan: _Plan) -> Clip:
 
 
 def _caption(plan: _Plan, labels) -> str:
-  """Names every digit, "a red 3 and a blue 7", or the colours, "a red digit and a blue digit", or nothing."""
+  """Names every digit, "a red 3 and a blue 7", or the colours, "a red digit and a bar", or nothing; never the cover."""
   if plan.naming == 2:
     return ""
-  return " and ".join(f"a {plan.colours[i]} {'digit' if plan.naming else labels[i]}" for i in plan.order)
+  things = [f"a {plan.colours[i]} {'digit' if plan.naming else labels[i]}" for i in plan.order]
+  bar = plan.cover is not None and plan.hide is None
+  return " and ".join(things + ["a bar"] * bar)

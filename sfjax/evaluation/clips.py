@@ -26,8 +26,9 @@ class Prompts:
 
 
 def prompt_clip(seed: int, index: int, chunks: int) -> Clip:
-  """A clip whose caption names its digits; the caption does not depend on the length."""
-  return digits.render(DigitsConfig(split="test", chunks=chunks, caption_mix=(1.0, 0.0, 0.0)), seed, index)
+  """A clip whose caption names its digits, with no bar to hide them; the caption does not depend on the length."""
+  config = DigitsConfig(split="test", chunks=chunks, caption_mix=(1.0, 0.0, 0.0), p_occluder=0.0)
+  return digits.render(config, seed, index)
 
 
 def prompts(seed: int, videos: int) -> Prompts:

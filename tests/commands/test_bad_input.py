@@ -43,7 +43,7 @@ def broken(model_folder, tmp_path):
     ("--prompt_schedule 0:red;inf:blue", "--prompt_schedule: want times"),
     ("--prompt_schedule 0:red;nan:blue", "--prompt_schedule: want times"),
     ("--prompt_schedule red", "--prompt_schedule: 'red'; want"),
-    ("--prompt dog", "--prompt: unknown word 'dog'; this model knows: a and digit"),
+    ("--prompt dog", "--prompt: unknown word 'dog'; this model knows: a and bar digit"),
     ("--prompt_schedule 0:red;1:dog", "--prompt_schedule: unknown word 'dog'"),
     ("--save_state absent/s", "--save_state: absent/s is not a file in a folder"),
     ("--save_state .", "--save_state: . is not a file"),

@@ -111,6 +111,9 @@ def test_captions_tell_what_is_there():
     full = {f"a {c} {label}" for c, label in zip(clip.colours, clip.labels, strict=True)}
     colour = {f"a {c} digit" for c in clip.colours}
     said = set(clip.caption.split(" and ")) if clip.caption else set()
+    bar = digits._plan(dataclasses.replace(PROMPT, chunks=1), 0, i).cover is not None
+    assert ("a bar" in said) == (bar and said != set())
+    said -= {"a bar"}
     kind = next(k for k, v in (("none", set()), ("full", full), ("colour", colour)) if v == said)
     kinds[kind] += 1
   assert 55 < kinds["full"] < 95 and 40 < kinds["colour"] < 80 and 4 < kinds["none"] < 30
@@ -119,7 +122,7 @@ def test_captions_tell_what_is_there():
 def test_memory_captions_never_name_a_class():
   plans = [digits._plan(MEMORY, 0, i) for i in range(400)]
   captions = [digits._caption(p, handwriting.load("train")[1][list(p.samples)]) for p in plans]
-  assert not any(ch.isdigit() for c in captions for ch in c)
+  assert not any(ch.isdigit() for c in captions for ch in c) and not any("bar" in c for c in captions)
   assert 0.12 < np.mean([c == "" for c in captions]) < 0.28
 
 

@@ -39,7 +39,7 @@ def test_emptying_leaves_the_window_and_what_it_reads(memory):
   np.testing.assert_array_equal(emptied.k, memory.k[:, :, CFG.persistent * BLOCK :])
   np.testing.assert_array_equal(emptied.origin, memory.origin[..., CFG.persistent :])
   layer = lambda m: jax.tree.map(lambda x: x[0], m)
-  q = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 2, 32)), jnp.bfloat16)
+  q = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 1, 2, 32)), jnp.bfloat16)
   ids, counts = kv.route(MODEL, CFG, layer(memory), q)
   ids_after, counts_after = kv.route(MODEL, cfg, layer(emptied), q)
   np.testing.assert_array_equal(counts, counts_after)

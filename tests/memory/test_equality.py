@@ -28,6 +28,8 @@ CONFIGS = {
   "rope_cap": MemoryConfig(window=2, persistent=5, top_k=0.3, rope_cap=7),
   "rope_cap_idle": MemoryConfig(window=2, persistent=5, top_k=0.3, rope_cap=18),
   "rope_cap_sinks_layer": MemoryConfig(window=2, persistent=6, sink_chunks=1, sharing="layer", rope_cap=4),
+  "patches": MemoryConfig(window=2, persistent=5, top_k=0.3, rope_cap=7, route_parts=2),
+  "patches_learned": MemoryConfig(window=3, persistent=4, top_k=0.3, importance="learned", route_parts=2),
   "window_one": MemoryConfig(window=1, persistent=5, top_k=0.5),
 }
 # An even number of blocks, full; an odd number of half-empty blocks: the padded one must never be read.
@@ -75,8 +77,9 @@ def cached_pass(model, cfg, params, text, clean, noisy, sigma):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_rollout_equals_one_parallel_forward(name, shape):
-  model, cfg = tiny(**SHAPES[shape]), CONFIGS[name]
-  if shape == "odd" and name not in ("dense", "sparse_head", "learned_layer", "rope_cap"):
+  cfg = CONFIGS[name]
+  model = tiny(**SHAPES[shape] if cfg.route_parts == 1 or shape == "even" else dict(latent_size=(4, 4), tile=(1, 2, 2)))
+  if shape == "odd" and name not in ("dense", "sparse_head", "learned_layer", "rope_cap", "patches"):
     pytest.skip("one config of each kind is enough for the odd grid")
   params = random_params(model)
   rng = np.random.default_rng(1)

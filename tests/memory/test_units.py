@@ -16,6 +16,8 @@ from sfjax.config import Config, load_config, to_dataclass
 from sfjax.model import ModelConfig
 from sfjax.routing import (
   MemoryConfig,
+  block_mass,
+  block_means,
   block_scores,
   capped_turn,
   importance,
@@ -23,6 +25,7 @@ from sfjax.routing import (
   pool_queries,
   route_window,
   select_persistent,
+  tile_means,
 )
 from sfjax.tiles import BlockLayout
 from tests.memory.test_equality import tiny
@@ -141,7 +144,7 @@ def test_route_window_lists_own_blocks_then_the_best(name, layout):
     # Small whole numbers: products are exact and ties abound.
     q = jnp.asarray(rng.integers(-1, 2, (2, nb // 2, heads, 4)), jnp.bfloat16)
     k = jnp.asarray(rng.integers(-1, 2, (2, x, heads, 4)), jnp.bfloat16)
-    ids, counts = ROUTE(cfg, layout, q, k, valid, jnp.int32(chunk))
+    ids, counts = ROUTE(cfg, layout, q[:, :, None], k[:, :, None], valid, jnp.int32(chunk))
     s = np.asarray(block_scores(q, k))
     full = max(2, math.ceil(cfg.top_k * cfg.window * layout.full_blocks - 1e-9))
     evicted = max(0, chunk - cfg.window + 1) * layout.full_blocks
@@ -161,11 +164,47 @@ def test_pooled_vectors_are_means_of_valid_rows():
     rows = rng.normal(size=(2, layout.tokens, 3, 8)).astype(np.float32)
     slots = layout.pack(jnp.asarray(rows))
     blocks = rows.reshape(2, layout.full_blocks, layout.valid, 3, 8).astype(np.float64)
-    got = np.asarray(pool_keys(slots, layout), np.float64)[:, : layout.full_blocks]
+    got = np.asarray(pool_keys(slots, layout), np.float64)[:, : layout.full_blocks, 0]
     np.testing.assert_allclose(got, blocks.mean(2), atol=2**-8)  # |mean| < 2, bfloat16 keeps 8 bits
-    tiles = np.asarray(pool_queries(slots, layout), np.float64)
+    tiles = np.asarray(pool_queries(slots, layout), np.float64)[:, :, 0]
     for t in range(layout.blocks // 2):
       np.testing.assert_allclose(tiles[:, t], blocks[:, 2 * t : 2 * t + 2].mean((1, 2)), atol=2**-8)
+
+
+def test_patches_are_means_of_their_tokens_and_blocks_of_their_patches():
+  rng, (layout, odd) = np.random.default_rng(5), (BlockLayout((3, 4, 8), (3, 4, 4)), BlockLayout((3, 2, 2), (1, 2, 2)))
+  grid = rng.normal(size=(2, *layout.grid, 3, 8)).astype(np.float32)
+  slots = layout.pack(jnp.asarray(grid.reshape(2, -1, 3, 8)[:, layout.order]))
+  got = np.asarray(pool_keys(slots, layout, 2), np.float64)
+  for block in range(2):
+    for row in range(2):
+      for column in range(2):
+        x = 4 * block + 2 * column
+        want = grid[:, :, 2 * row : 2 * row + 2, x : x + 2].astype(np.float64).mean((1, 2, 3))
+        np.testing.assert_allclose(got[:, block, 2 * row + column], want, atol=2**-8)
+  np.testing.assert_array_equal(got.reshape(2, 1, 8, 3, 8), np.asarray(pool_queries(slots, layout, 2), np.float64))
+  for each in (layout, odd):  # two roundings to bfloat16 of values below 2
+    rows = jnp.asarray(rng.normal(size=(2, each.tokens, 3, 8)), jnp.float32)
+    fine, whole = (pool_queries(each.pack(rows), each, parts) for parts in (2, 1))
+    np.testing.assert_allclose(*(np.asarray(tile_means(each, x), np.float64) for x in (fine, whole)), atol=2**-7)
+    fine, whole = (pool_keys(each.pack(rows), each, parts) for parts in (2, 1))
+    np.testing.assert_allclose(*(np.asarray(block_means(x), np.float64) for x in (fine, whole)), atol=2**-7)
+  with pytest.raises(ValueError, match=r"route_parts: 3 does not divide .* \(3, 4, 4\)"):
+    pool_keys(slots, layout, 3)
+
+
+def test_mass_is_the_attention_between_patches():
+  rng, layout = np.random.default_rng(6), BlockLayout((3, 2, 2), (1, 2, 2))  # 3 blocks and an empty one
+  q = rng.normal(size=(2, 2, 8, 3, 16)) * 2
+  k = rng.normal(size=(2, 8, 4, 3, 16)) * 2
+  valid = np.array([0, 0, 0, 0, 1, 1, 1, 0], bool)
+  q, k = (np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (q, k))
+  got = block_mass(layout, *(jnp.asarray(x, jnp.bfloat16) for x in (q, k)), jnp.asarray(valid))
+  s = np.einsum("bqinh,bxjnh->bnqixj", q, k) / 4
+  p = np.exp(s) * valid[:, None]
+  p /= p.sum((-2, -1), keepdims=True)
+  p[:, :, 1, 4:] = 0  # the last tile's second block holds no tokens
+  np.testing.assert_allclose(np.exp(np.asarray(got, np.float64)), p.sum((3, 5)), rtol=2e-5)
 
 
 def test_importance_is_the_sum_of_softmaxes_and_decays():
@@ -203,12 +242,14 @@ def test_capped_turn_never_lets_a_block_look_older():
     MemoryConfig(window=2, persistent=5, top_k=0.5),
     MemoryConfig(window=3, persistent=9, sharing="layer"),
     MemoryConfig(window=1, persistent=3, sink_chunks=1),
+    MemoryConfig(window=2, persistent=5, top_k=0.5, route_parts=2),
   ],
-  ids=["head", "layer", "sinks"],
+  ids=["head", "layer", "sinks", "patches"],
 )
 def test_a_long_rollout_of_random_scores(cfg):
   """A dropped block never returns; P is the best of P and the evicted; the slots hold what the bookkeeping says."""
-  model = tiny(latent_size=(4, 6), tile=(1, 2, 3), layers=1)
+  grid = dict(latent_size=(4, 6), tile=(1, 2, 3)) if cfg.route_parts == 1 else dict(latent_size=(4, 4), tile=(1, 2, 2))
+  model = tiny(**grid, layers=1)
   layout, heads, chunks = model.layout, model.heads, 40
   nb, c, rng = layout.blocks, cfg.persistent, np.random.default_rng(4)
   text = jnp.zeros((1, 1, model.text_len, heads, model.head_dim))
@@ -222,7 +263,9 @@ def test_a_long_rollout_of_random_scores(cfg):
       (m.chunk * nb + block)[None, :, None, None] + 1.0, (1, layout.tokens, heads, model.head_dim)
     )
     slots = layout.pack(rows)  # every key and value is its block's origin + 1
-    return begun, kv.commit_chunk(model, cfg, begun, kv.Commit(slots, -slots, pool_keys(slots, layout), score))
+    return begun, kv.commit_chunk(
+      model, cfg, begun, kv.Commit(slots, -slots, pool_keys(slots, layout, cfg.route_parts), score)
+    )
 
   seen, last, given = [set() for _ in range(heads)], [set() for _ in range(heads)], {}
   for t in range(chunks):
@@ -252,7 +295,8 @@ def test_a_long_rollout_of_random_scores(cfg):
       k[:, : layout.valid], np.broadcast_to(want[:, None, :, None], k[:, : layout.valid].shape)
     )
     assert (k == -v).all() and not k[:, layout.valid :].any()
-    np.testing.assert_array_equal(m.pooled[0, ..., 0].astype(jnp.float32), want.astype(jnp.bfloat16).astype(np.float32))
+    pooled = np.asarray(m.pooled[0, :, :, :, 0], np.float32)  # [K,A,N]
+    np.testing.assert_array_equal(pooled, np.broadcast_to(want.astype(jnp.bfloat16)[:, None], pooled.shape))
     view = np.asarray(m.origin[0])[0][np.asarray(kv._resident(model, cfg, t))[c:]]
     assert view[view >= 0].tolist() == sorted(view[view >= 0].tolist())  # oldest chunk first
     order = np.asarray(kv._resident(model, cfg, t))

@@ -194,3 +194,20 @@ def test_a_dense_stage_sees_its_whole_clip():
 def test_noise_levels_mix_data_and_noise():
   x, n = jnp.full((1, 1, 2, 2, 1), 3.0), jnp.full((1, 1, 2, 2, 1), -1.0)
   assert [float(add_noise(x, n, jnp.full((1, 1), s)).mean()) for s in (0.0, 0.25, 1.0)] == [3.0, 2.0, -1.0]
+
+
+def counted(jaxpr, name):
+  """How often a primitive stands in a program, inner ones included."""
+  inner = [
+    x for e in jaxpr.eqns for x in jax.tree.leaves(list(e.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+  ]
+  inner = [x.jaxpr if hasattr(x, "jaxpr") else x for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+  return sum(e.primitive.name == name for e in jaxpr.eqns) + sum(counted(x, name) for x in inner)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_the_backward_pass_does_not_plan_again(inputs, params, remat):
+  config = make(dataclasses.replace(MODEL, remat=remat))
+  value = lambda p: objective.loss(config, STAGE, p, *inputs, jax.random.key(0))[0]
+  there, back = (counted(jax.make_jaxpr(f)(params).jaxpr, "top_k") for f in (value, jax.grad(value)))
+  assert there == back > 0

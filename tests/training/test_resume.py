@@ -21,7 +21,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def config():
   config = to_dataclass(Config, load_config("configs/digits.py:tiny"))
-  stages = (Stage(0.75, chunks=1, batch=2, dense=True), Stage(1.0, chunks=2, batch=2))
+  stages = (Stage(0.75, chunks=1, batch=2, dense=True), Stage(1.0, chunks=2, batch=2, firsts=2))
   return dataclasses.replace(config, train=TrainConfig(STEPS, stages, warmup=2, log_every=1, save_every=10, threads=1))
 
 
@@ -65,8 +65,8 @@ def test_ctrl_c_saves_and_the_resumed_run_equals_the_unbroken_one(config, unbrok
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
   step = training.train_step
 
-  def spoiled(config, stage, state, frames, words):
-    new, metrics = step(config, stage, state, frames, words)
+  def spoiled(config, stage, mesh, state, batches):
+    new, metrics = step(config, stage, mesh, state, batches)
     return new, metrics | {"loss": jnp.where(state["step"] == 2, jnp.nan, metrics["loss"])}
 
   monkeypatch.setattr(training, "train_step", spoiled)
