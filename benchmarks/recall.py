@@ -53,7 +53,7 @@ PATTERNS = np.sign(np.random.default_rng(0).normal(size=(10, 4, 4, 3))).astype(n
 
 
 def clips(key: Array, size: int, chunks: int, hide: tuple[int, int]) -> tuple[Float[Array, "B n F h w C"], dict]:
-  """Clips and their truth: identity, place, and first chunk uncovered. The last channel counts down to the uncovering.
+  """Clips and their truth: identity and place. The last channel counts down to the uncovering.
 
   It counts no higher than in training, so that a longer cover looks like nothing new.
   """
@@ -71,7 +71,7 @@ def clips(key: Array, size: int, chunks: int, hide: tuple[int, int]) -> tuple[Fl
   x = jnp.concatenate([colours, count], -1)[:, :, None]
   x = jnp.repeat(x, MODEL.chunk_frames, 2)
   noise = jax.random.normal(keys[3], x.shape) * 0.05
-  return x + noise, {"identity": identity, "place": place, "reveal": SHOWN + hidden}
+  return x + noise, {"identity": identity, "place": place}
 
 
 def config_of(memory: MemoryConfig, steps: int, dense: bool) -> Config:

@@ -11,7 +11,7 @@ from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
 
-# rope_cap: the largest age of a block in training's longest clips
+# rope_cap: acts in training's longest clips (72 frames), so that "as old as can be" is an age seen often
 SPARSE = MemoryConfig(window=2, persistent=16, top_k=0.25, importance="learned", rope_cap=30, route_parts=2)
 SHIFT = 15.0  # large bright shapes, the same in nine frames: they are decided above sigma 0.9 (NOTES.md)
 MEMORY = {

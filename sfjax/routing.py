@@ -118,9 +118,8 @@ def pool_queries(q: Float[Array, "*B T N H"], layout: BlockLayout, parts: int = 
   """Of each query tile's two blocks: the mean over their tokens (parts = 1, I = 1), or their patches' means (I = 2 A)."""
   x = _patch_means(q, layout, parts)
   x = x.reshape(*x.shape[:-4], -1, 2 * x.shape[-3], *x.shape[-2:])
-  if parts == 1:
-    x = x.sum(-3, keepdims=True) / _holds_tokens(layout, 1).sum(-1)[:, None, None, None]
-  return jax.lax.stop_gradient(x.astype(jnp.bfloat16))
+  x = tile_means(layout, x)[..., None, :, :] if parts == 1 else x.astype(jnp.bfloat16)
+  return jax.lax.stop_gradient(x)
 
 
 def block_means(k_pooled: Float[Array, "*B A N H"]) -> Float[Array, "*B N H"]:

@@ -43,11 +43,7 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
     wg = lax.axis_index("wg")
     blocks, steps, load = parts.walk(call, width, where, slots, memory, k_s, v_s, k_full, v_full)
 
-    @pl.when(wg == WARPGROUPS)
-    def _():
-      plgpu.set_max_registers(24, action="decrease")
-      parts.produce(0, steps, stages, (k_free, v_free), load)
-      parts.drain(steps, stages, (k_free, v_free))
+    pl.when(wg == WARPGROUPS)(lambda: parts.fetch(steps, stages, (k_free, v_free), load))
 
     @pl.when(wg < WARPGROUPS)
     def _():

@@ -152,6 +152,13 @@ def drain(steps, stages: int, free):
       plgpu.barrier_wait(barrier.at[lax.rem(step, jnp.int32(stages))])
 
 
+def fetch(steps, stages: int, free, load):
+  """All that the third warpgroup does for a walk over one list; arguments as `produce`'s."""
+  plgpu.set_max_registers(24, action="decrease")
+  produce(0, steps, stages, free, load)
+  drain(steps, stages, free)
+
+
 def row(*parts):
   """First row of a copy: a sum of multiples of 8, which the compiler cannot see by itself."""
   return pl.multiple_of(sum(parts), 8)
