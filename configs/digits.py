@@ -12,13 +12,15 @@ from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
 
 # rope_cap: acts in training's longest clips (72 frames), so that "as old as can be" is an age seen often
-SPARSE = MemoryConfig(window=2, persistent=16, top_k=0.25, importance="learned", rope_cap=30, route_parts=2)
+SPARSE = MemoryConfig(
+  window=2, persistent=16, top_k=0.25, importance="learned", novelty=5.0, rope_cap=30, route_parts=2
+)
 SHIFT = 15.0  # large bright shapes, the same in nine frames: they are decided above sigma 0.9 (NOTES.md)
 MEMORY = {
   "": SPARSE,
   "base": SPARSE,
   "tiny": SPARSE,
-  "attention": dataclasses.replace(SPARSE, importance="attention"),
+  "attention": dataclasses.replace(SPARSE, importance="attention", novelty=0.0),
   "window": MemoryConfig(window=3),
   "dense": MemoryConfig(window=7),
 }
@@ -27,11 +29,8 @@ MEMORY = {
 def get_config(variant=""):
   if variant not in MEMORY:
     raise ValueError(f"unknown variant {variant!r}; accepted are {', '.join(repr(v) for v in MEMORY)}")
-  stages = (
-    Stage(until=0.4, chunks=7, batch=24, p_memory=0.5, hide=(1, 3), firsts=96),
-    Stage(until=1.0, chunks=25, batch=8, p_memory=0.6, hide=(1, 18), firsts=96),
-  )
-  train = TrainConfig(steps=1400, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT)
+  stages = (Stage(until=1.0, chunks=25, batch=8, p_memory=0.6, hide=(1, 18), firsts=96),)
+  train = TrainConfig(steps=1300, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT)
   if variant == "base":
     stages = (
       Stage(until=0.6, chunks=1, batch=128, dense=True),

@@ -19,9 +19,12 @@ from sfjax.model import ModelConfig
 from sfjax.rope import turn_forward
 from sfjax.routing import (
   MemoryConfig,
+  block_content,
   block_means,
   capped_turn,
+  eviction_scores,
   importance,
+  patch_mass,
   pool_keys,
   pool_queries,
   route_window,
@@ -90,14 +93,15 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
     rows = q, k, v
     q, k, v = (layout.pack(x) for x in rows)  # [B,G,Sc,N,H]
     q_pooled, k_pooled = pool_queries(q, layout, cfg.route_parts), pool_keys(k, layout, cfg.route_parts)
+    content = block_content(v[:, :-n], layout)
     loss = jnp.zeros(())
     if cfg.importance == "learned":
-      q_means, k_means = tile_means(layout, q_pooled[:, -n:]), block_means(k_pooled[:, :-n])
-      loss = importance_loss(model, later or cfg.window, n, block.log_importance, q_means, k_means)
+      predicted = block.log_importance(content.reshape(b, (streams - n) * layout.blocks, heads, dim))
+      loss = importance_loss(model, later or cfg.window, n, predicted, q_pooled[:, -n:], k_pooled[:, :-n])
     if not cfg.selects:
       nobody = jnp.zeros((b, n, heads, 0), jnp.int32)
       return _window_attention(cfg, n, *rows), Parallel(nobody, None, None, loss)
-    plan = _plan(model, cfg, n, block.log_importance, q_pooled, k_pooled, rng, segments=turning)
+    plan = _plan(model, cfg, n, block.log_importance, content, q_pooled, k_pooled, rng, segments=turning)
     flat = lambda x: x.reshape(b, -1, heads, dim)
     keys, values = flat(k), flat(v)
     if turning:  # each chunk's P as its own segment: its keys turn by the chunk's own ages
@@ -133,23 +137,30 @@ def _window_attention(cfg: MemoryConfig, n: int, q, k, v) -> Float[Array, "B G T
   return jnp.stack(out, 1)
 
 
-def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segments: bool) -> Parallel:
-  """Every chunk's P and lists from pooled vectors [B,G,Q|nb,I|A,N,H]: the cached rollout's decisions, replayed."""
+def _plan(model, cfg: MemoryConfig, n: int, head, content, q_pooled, k_pooled, rng, segments: bool) -> Parallel:
+  """Every chunk's P and lists from pooled vectors [B,G,Q|nb,I|A,N,H]: the cached rollout's decisions, replayed.
+
+  content [B,G,nb,N,H] is that of the clean chunks' blocks.
+  """
   layout, nb, c, w = model.layout, model.layout.blocks, cfg.persistent, cfg.window
   b, streams, _, patches, heads, dim = k_pooled.shape
   given = streams - n  # clean chunks
   clean, noisy = k_pooled[:, :given], k_pooled[:, given:]
-  clean = jnp.pad(clean, [(0, 0), (0, n - given)] + [(0, 0)] * 4)  # nobody reads an absent last chunk
-  total = n * nb
-  # Blocks by origin, with the chunks before the first one (invalid) in front and one empty block behind.
-  history = clean.reshape(b, total, patches, heads, dim)
-  history = jnp.pad(history, [(0, 0), ((w - 1) * nb, 1)] + [(0, 0)] * 3)
+  # Blocks by origin, with the chunks before the first one (invalid) in front, and behind them one empty block or an absent
+  # last chunk, which nobody reads, and that block.
+  by_origin = lambda x: jnp.pad(
+    x.reshape(b, given * nb, *x.shape[3:]), [(0, 0), (w * nb, (n - given) * nb + 1)] + [(0, 0)] * (x.ndim - 3)
+  )
+  history, content = by_origin(clean), by_origin(content)
   means = block_means(history)
   key = jax.random.wrap_key_data(rng, impl="threefry2x32")
   tile_ok = jnp.arange(nb) < layout.full_blocks
   big = streams * nb + n * c
   at = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
-  window = lambda x, t: jax.lax.dynamic_slice_in_dim(x, t * nb, w * nb, 1)
+  window = lambda x, t: jax.lax.dynamic_slice_in_dim(x, (t + 1) * nb, w * nb, 1)
+  of_heads = lambda x, origin: jnp.take_along_axis(  # every head's own blocks
+    x, jnp.where(origin >= 0, origin + w * nb, x.shape[1] - 1).transpose(0, 2, 1)[..., None], 1
+  )
 
   def window_of(t):  # origin of each window position, and whether a block with tokens is there
     position = (t - w + 1) * nb + jnp.arange(w * nb)
@@ -158,22 +169,20 @@ def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segme
   def step(carry, t):
     persistent, p_score, score = carry  # [B,N,C] origins, their scores; window scores [B,N,W nb], oldest chunk first
     if c:
-      evicted = jnp.where(tile_ok & (t >= w), (t - w) * nb + jnp.arange(nb), -1)
-      origin = jnp.concatenate([persistent, jnp.broadcast_to(evicted, (b, heads, nb))], -1)
-      candidate = jnp.concatenate([p_score, score[..., :nb]], -1)
-      index = select_persistent(cfg, layout, candidate, origin)
+      before, there = window_of(t - 1)
+      origin = jnp.broadcast_to(jnp.where(there, before, -1), (b, heads, w * nb))
+      origin = jnp.concatenate([persistent, origin], -1)
+      old = jnp.concatenate([p_score, score], -1)
+      said = jnp.concatenate([of_heads(content, persistent), window(content, t - 1)], 1)
+      index = select_persistent(cfg, layout, eviction_scores(cfg, layout, old, origin, said), origin[..., : c + nb])
       kept, index = index < c + nb, jnp.minimum(index, c + nb - 1)
       take = lambda x: jnp.where(kept, jnp.take_along_axis(x, index, -1), -1)
-      persistent, p_score = take(origin), take(candidate)
+      persistent, p_score = take(origin), take(old)
     score = jnp.roll(score, -nb, -1)
     _, valid = window_of(t)
     resident, ok = window(means, t), jnp.broadcast_to(valid, (b, heads, w * nb))  # the commit pass: their new scores
     if c:
-      p_pooled = jnp.take_along_axis(
-        means,
-        jnp.where(persistent >= 0, persistent + (w - 1) * nb, means.shape[1] - 1).transpose(0, 2, 1)[..., None],
-        1,
-      )
+      p_pooled = of_heads(means, persistent)
       if cfg.rope_cap is not None:
         p_pooled = turn_forward(
           p_pooled, capped_turn(cfg, (t - persistent // nb) * model.chunk_frames).transpose(0, 2, 1)
@@ -184,6 +193,7 @@ def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segme
       cfg,
       layout,
       head,
+      window(content, t)[:, -nb:],
       tile_means(layout, at(q_pooled, t)),
       resident,
       ok,
@@ -225,29 +235,38 @@ def _plan(model, cfg: MemoryConfig, n: int, head, q_pooled, k_pooled, rng, segme
   return Parallel(*checkpoint_name(plan, "plan"), jnp.zeros(()))
 
 
-def importance_loss(model, later: int, n: int, head, q_noisy, k_clean) -> Float[Array, ""]:
-  """Squared error of the head's log importance against the largest attention a block gets later.
+def importance_loss(
+  model: ModelConfig,
+  later: int,
+  n: int,
+  predicted: Float[Array, "B N K"],
+  q_noisy: Float[Array, "B n Q I N H"],
+  k_clean: Float[Array, "B g nb A N H"],
+) -> Float[Array, ""]:
+  """Squared error of the predicted log importance against the largest attention a block gets later.
 
-  The target is log(y + 1e-3), y the largest dense pooled attention from noisy queries at least `later` chunks after it
-  (sparse_forcing, learned importance). Both q_noisy [B,n,Q,N,H] and k_clean [B,n or n-1,nb,N,H] are constants here.
+  The target is log(y + 1e-3), y the largest dense attention that a patch of the noisy queries, at least `later` chunks after
+  the block, gives to the block's patches together (sparse_forcing, learned importance). Queries and keys are constants.
+
+  Args:
+    predicted: of the g = n or n - 1 clean chunks' blocks, K = g nb.
   """
   layout, nb = model.layout, model.layout.blocks
-  b, _, tiles, heads, dim = q_noisy.shape
   if n <= later:
     return jnp.zeros(())
-  k = k_clean[:, : n - 1].reshape(b, (n - 1) * nb, heads, dim)  # nobody reads the last chunk later
+  read = (n - 1) * nb  # nobody reads the last chunk later
+  k = k_clean[:, : n - 1].reshape(q_noisy.shape[0], read, *k_clean.shape[3:])
   chunk_of_key = jnp.repeat(jnp.arange(n - 1), nb)
   real = jnp.tile(jnp.arange(nb) < layout.full_blocks, n - 1)
 
   def reads(best, xs):
     t, q = xs
-    s = jnp.einsum("bqnh,brnh->bnqr", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-    a = jax.nn.softmax(jnp.where(real & (chunk_of_key < t), s, -1e30), -1).max(2)
-    return jnp.maximum(best, jnp.where(chunk_of_key + later <= t, a, 0)), None
+    y = patch_mass(layout, q, k, real & (chunk_of_key < t)).max((2, 3))
+    return jnp.maximum(best, jnp.where(chunk_of_key + later <= t, jnp.exp(y), 0)), None
 
-  best, _ = jax.lax.scan(
-    reads, jnp.zeros((b, heads, (n - 1) * nb), jnp.float32), (jnp.arange(1, n), jnp.moveaxis(q_noisy[:, 1:], 1, 0))
-  )
+  start = jnp.zeros(predicted.shape[:2] + (read,), jnp.float32)
+  best, _ = jax.lax.scan(reads, start, (jnp.arange(1, n), jnp.moveaxis(q_noisy[:, 1:], 1, 0)))
   target = checkpoint_name(jax.lax.stop_gradient(jnp.log(best + 1e-3)), "plan")
   weight = (real & (chunk_of_key < n - later)).astype(jnp.float32)
-  return (weight * (head(k) - target) ** 2).sum() / (weight.sum() * b * heads)
+  error = (predicted[..., :read] - target) ** 2
+  return (weight * error).sum() / (weight.sum() * error.shape[0] * error.shape[1])

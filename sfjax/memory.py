@@ -20,8 +20,10 @@ from sfjax.model import ModelConfig
 from sfjax.rope import turn_forward
 from sfjax.routing import (
   MemoryConfig,
+  block_content,
   block_means,
   capped_turn,
+  eviction_scores,
   importance,
   pool_keys,
   route_window,
@@ -115,9 +117,11 @@ def begin_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> KVMemory:
   nb, c = model.layout.blocks, cfg.persistent
   first = _ring_block(model, cfg, m.chunk)
   if c:
-    candidates = jnp.concatenate([jnp.arange(c), first + jnp.arange(nb)])
-    origin = m.origin[:, :, candidates]
-    index = select_persistent(cfg, model.layout, m.score[:, :, candidates], origin)
+    order = _resident(model, cfg, m.chunk - 1)
+    content = block_content(m.v, model.layout)[:, order]
+    score = eviction_scores(cfg, model.layout, m.score[:, :, order], m.origin[:, :, order], content)
+    candidates = order[: c + nb]
+    index = select_persistent(cfg, model.layout, score, m.origin[:, :, candidates])
     kept = index < c + nb
     index = jnp.minimum(index, c + nb - 1)
     by_head = lambda x: jnp.where(kept, jnp.take_along_axis(x[:, :, candidates], index, -1), -1)
@@ -175,7 +179,7 @@ def _turn(model, cfg, m) -> Int32[Array, "B N C"]:
 
 
 def resident_scores(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, head, q_pooled) -> Float[Array, "B N R"]:
-  """New importance of the resident blocks, in resident order, for a memory that holds the chunk's clean keys. One layer."""
+  """New importance of the resident blocks, in resident order, for a memory that holds the chunk's clean K/V. One layer."""
   order = _resident(model, cfg, m.chunk)
   pooled = block_means(m.pooled[:, order])
   if cfg.rope_cap is not None and cfg.persistent:
@@ -184,7 +188,9 @@ def resident_scores(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, head, q_
   valid: Bool[Array, "B N R"] = m.origin[:, :, order] >= 0
   rng = jax.random.wrap_key_data(m.rng, impl="threefry2x32")
   means = tile_means(model.layout, q_pooled)
-  return importance(cfg, model.layout, head, means, pooled, valid, m.score[:, :, order], m.chunk, rng)
+  own = order[-model.layout.blocks :]
+  content = block_content(m.v, model.layout)[:, own]
+  return importance(cfg, model.layout, head, content, means, pooled, valid, m.score[:, :, order], m.chunk, rng)
 
 
 def commit_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, update: Commit) -> KVMemory:

@@ -29,7 +29,7 @@ class ModelConfig:
     chunk_frames: latent frames denoised together. tile: tokens of a block, see `BlockLayout`.
     latent_size: rows and columns of a latent frame (before the 2x2 patch).
     prediction: what the network's output means, "flow" (Wan: noise - x0) or "x0".
-    importance_head: one linear map per layer and head on pooled keys (learned importance); absent from Wan's weights.
+    importance_head: one linear map per layer and head on a block's mean values (learned importance); absent from Wan's weights.
     remat: "none", "full", or "dots" (keep matrix products); the attention's plan is kept in any case.
   """
 
@@ -169,10 +169,10 @@ class Block(nnx.Module):
       self.importance_kernel = nnx.Param(jnp.zeros((cfg.heads, cfg.head_dim), jnp.float32))
       self.importance_bias = nnx.Param(jnp.full((cfg.heads,), -4.0, jnp.float32))  # the log of a typical attention
 
-  def log_importance(self, k_pooled: Float[Array, "B K N H"]) -> Float[Array, "B N K"]:
-    """Predicted log of the largest attention a block will get later; pooled keys are constants to it."""
-    k = jax.lax.stop_gradient(k_pooled).astype(jnp.float32)
-    y = jnp.einsum("bknh,nh->bnk", k, self.importance_kernel[...], precision="highest")
+  def log_importance(self, content: Float[Array, "B K N H"]) -> Float[Array, "B N K"]:
+    """Predicted log of the largest attention a block will get later; its mean values are constants to it."""
+    x = jax.lax.stop_gradient(content).astype(jnp.float32)
+    y = jnp.einsum("bknh,nh->bnk", x, self.importance_kernel[...], precision="highest")
     return y + self.importance_bias[...][:, None]
 
   def __call__(self, x, e0, angles, text_kv, attend):

@@ -33,6 +33,8 @@ class MemoryConfig:
     top_k: fraction of the full window's blocks a query tile reads.
     importance: how P is ranked: "attention" (the paper), "learned" (a trained head), "random" (for comparison).
     sharing: "head", each head keeps its own P; "layer", one P for all heads, scores summed.
+    novelty: how much a block loses that a newer resident block repeats: its score is multiplied by
+      exp(-novelty x `redundancy`) (0: the paper).
     score_decay: how much of the old score stays when a new one comes (0: the paper).
     sink_chunks: first chunks whose blocks enter P with an infinite score.
     rope_cap: largest temporal age of a persistent block, in latent frames; None for no cap.
@@ -45,6 +47,7 @@ class MemoryConfig:
   top_k: float = 1.0
   importance: str = "attention"
   sharing: str = "head"
+  novelty: float = 0.0
   score_decay: float = 0.0
   sink_chunks: int = 0
   rope_cap: int | None = None
@@ -57,6 +60,7 @@ class MemoryConfig:
       ("top_k", 0 < self.top_k <= 1, "a fraction in (0, 1]"),
       ("importance", self.importance in IMPORTANCE, f"one of {', '.join(IMPORTANCE)}"),
       ("sharing", self.sharing in SHARING, f"one of {', '.join(SHARING)}"),
+      ("novelty", self.novelty >= 0, "0 or more"),
       ("score_decay", 0 <= self.score_decay < 1, "in [0, 1)"),
       ("sink_chunks", self.sink_chunks >= 0, "0 or more chunks"),
       ("route_parts", self.route_parts >= 1, "1 or more"),
@@ -93,10 +97,10 @@ def _patch_means(x: Float[Array, "*B S N H"], layout: BlockLayout, parts: int) -
   f, rows, columns = layout.tile
   if rows % parts or columns % parts:
     raise ValueError(f"route_parts: {parts} does not divide the rows and columns of tile {layout.tile}")
-  *b, _, n, h = x.shape
-  x = x.astype(jnp.float32).reshape(*b, -1, BLOCK, n, h)[..., : layout.valid, :, :]
+  *b, slots, n, h = x.shape
+  x = x.astype(jnp.float32).reshape(*b, slots // BLOCK, BLOCK, n, h)[..., : layout.valid, :, :]
   x = x.reshape(*x.shape[:-3], f, parts, rows // parts, parts, columns // parts, n, h).mean((-7, -5, -3))
-  return x.reshape(*b, -1, parts * parts, n, h)
+  return x.reshape(*b, slots // BLOCK, parts * parts, n, h)
 
 
 def _holds_tokens(layout: BlockLayout, parts: int) -> Bool[np.ndarray, "Q I"]:
@@ -122,6 +126,11 @@ def pool_queries(q: Float[Array, "*B T N H"], layout: BlockLayout, parts: int = 
   return jax.lax.stop_gradient(x)
 
 
+def block_content(v: Float[Array, "*B S N H"], layout: BlockLayout) -> Float[Array, "*B K N H"]:
+  """Mean value of each block: what it says, wherever and whenever it lies; float32 sums, rounded to bfloat16."""
+  return jax.lax.stop_gradient(_patch_means(v, layout, 1)[..., 0, :, :].astype(jnp.bfloat16))
+
+
 def block_means(k_pooled: Float[Array, "*B A N H"]) -> Float[Array, "*B N H"]:
   """One vector a block, of its patches' means."""
   return k_pooled.astype(jnp.float32).mean(-3).astype(jnp.bfloat16)
@@ -141,6 +150,22 @@ def block_scores(q_pooled: Float[Array, "B Q N H"], k_pooled: Float[Array, "B R 
   return s * q_pooled.shape[-1] ** -0.5
 
 
+def patch_mass(
+  layout: BlockLayout,
+  q_pooled: Float[Array, "B Q I N H"],
+  k_pooled: Float[Array, "B X A N H"],
+  valid: Bool[Array, " X"],
+) -> Float[Array, "B N Q I X"]:
+  """Log of the attention that each patch of a tile gives to a block's patches together; -inf for a patch without tokens."""
+  b, tiles, i, n, h = q_pooled.shape
+  a = k_pooled.shape[2]
+  s = block_scores(q_pooled.reshape(b, tiles * i, n, h), k_pooled.reshape(b, -1, n, h))
+  s = jax.nn.log_softmax(jnp.where(jnp.repeat(valid, a), s, -jnp.inf), -1)
+  s = jax.nn.logsumexp(s.reshape(b, n, tiles, i, -1, a), -1)
+  holds = _holds_tokens(layout, math.isqrt(a))[..., None] if i > 1 else True
+  return jnp.where(holds, s, -jnp.inf)
+
+
 def block_mass(
   layout: BlockLayout,
   q_pooled: Float[Array, "B Q I N H"],
@@ -151,21 +176,16 @@ def block_mass(
 
   With one vector each this ranks blocks as `block_scores` does, whose values it then returns.
   """
-  b, tiles, i, n, h = q_pooled.shape
-  a = k_pooled.shape[2]
-  flat = block_scores(q_pooled.reshape(b, tiles * i, n, h), k_pooled.reshape(b, -1, n, h))
-  if i == a == 1:
-    return flat
-  s = jnp.where(jnp.repeat(valid, a), flat, -jnp.inf).reshape(b, n, tiles, i, -1)
-  s = jax.nn.log_softmax(s, -1).reshape(b, n, tiles, i, -1, a)
-  s = jnp.where(_holds_tokens(layout, math.isqrt(a))[..., None, None], s, -jnp.inf)
-  return jax.nn.logsumexp(s, (3, 5))
+  if q_pooled.shape[2] == k_pooled.shape[2] == 1:
+    return block_scores(q_pooled[:, :, 0], k_pooled[:, :, 0])
+  return jax.nn.logsumexp(patch_mass(layout, q_pooled, k_pooled, valid), 3)
 
 
 def importance(
   cfg: MemoryConfig,
   layout: BlockLayout,
   head,
+  own: Float[Array, "B nb N H"],
   q_pooled: Float[Array, "B Q N H"],
   k_pooled: Float[Array, "B R N H"],
   valid: Bool[Array, "B N R"],
@@ -176,17 +196,57 @@ def importance(
   """New scores of the resident blocks, taken in a chunk's commit pass.
 
   Args:
-    head: pooled keys [B,R,N,H] -> log importance [B,N,R]; used by "learned" only.
+    head: contents [B,nb,N,H] -> log importance [B,N,nb]; used by "learned" only, which scores a block once, when it is
+      committed. own: contents of the chunk's blocks.
     rng: key of the layer; used by "random" only.
   """
-  current = jnp.arange(valid.shape[-1]) >= valid.shape[-1] - layout.blocks
-  if cfg.importance == "learned":  # a block is scored once, when it is committed
-    return jnp.where(current, jnp.exp(head(k_pooled)), old)
+  if cfg.importance == "learned":
+    return jnp.concatenate([old[..., : -layout.blocks], jnp.exp(head(own))], -1)
   if cfg.importance == "random":
     return jax.random.uniform(jax.random.fold_in(rng, chunk), valid.shape)
+  current = jnp.arange(valid.shape[-1]) >= valid.shape[-1] - layout.blocks
   s = jnp.where(valid[:, :, None], block_scores(q_pooled, k_pooled), -jnp.inf)
   new = jax.nn.softmax(s, axis=-1).sum(2)
   return jnp.where(current, new, cfg.score_decay * old + new)
+
+
+def redundancy(
+  layout: BlockLayout, content: Float[Array, "B R N H"], origin: Int32[Array, "B N R"], candidates: int
+) -> Float[Array, "B N E"]:
+  """How much the first E blocks are repeated by a resident block of a later chunk: the largest cosine, at least 0.
+
+  What is still in view is repeated by its next view; the last view of what went out of sight is not. Contents are taken
+  from the mean of all residents, which they share.
+  """
+  there = origin >= 0
+  x = jnp.where(there[..., None], jnp.moveaxis(content, 2, 1).astype(jnp.float32), 0)
+  x = jnp.where(there[..., None], x - x.sum(2, keepdims=True) / jnp.maximum(there.sum(-1), 1)[..., None, None], 0)
+  x = x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-12)
+  cosine = jnp.einsum("bneh,bnrh->bner", x[:, :, :candidates], x, precision="highest")
+  chunk = origin // layout.blocks
+  later = there[:, :, None] & (chunk[:, :, None] > chunk[:, :, :candidates, None])
+  return jnp.where(later, cosine, 0).max(-1, initial=0)
+
+
+def eviction_scores(
+  cfg: MemoryConfig,
+  layout: BlockLayout,
+  score: Float[Array, "B N R"],
+  origin: Int32[Array, "B N R"],
+  content: Float[Array, "B R N H"],
+) -> Float[Array, "B N E"]:
+  """Scores of the first E = C + nb residents, P and the chunk to be evicted, with what `novelty` takes off.
+
+  Args:
+    origin: chunk * nb + tile, -1 where empty. content: from `block_content`.
+  """
+  size = cfg.persistent + layout.blocks
+  score = score[..., :size]
+  if not cfg.novelty:
+    return score
+  if cfg.sharing == "layer":  # heads that keep the same blocks compare them as a whole
+    content, origin = content.reshape(*content.shape[:2], 1, -1), origin[:, :1]
+  return score * jnp.exp(-cfg.novelty * redundancy(layout, content, origin, size))
 
 
 def select_persistent(
@@ -201,11 +261,10 @@ def select_persistent(
     Positions among the candidates, ascending; E where nothing is kept.
   """
   size = origin.shape[-1]
-  valid = origin >= 0
   if cfg.sharing == "layer":
     score = jnp.broadcast_to(score.sum(1, keepdims=True), score.shape)
   score = jnp.where(origin < cfg.sink_chunks * layout.blocks, jnp.inf, score)
-  best, index = jax.lax.top_k(jnp.where(valid, score, -jnp.inf), cfg.persistent)
+  best, index = jax.lax.top_k(jnp.where(origin >= 0, score, -jnp.inf), cfg.persistent)
   return jnp.sort(jnp.where(best > -jnp.inf, index, size), axis=-1).astype(jnp.int32)
 
 

@@ -30,6 +30,9 @@ CONFIGS = {
   "rope_cap_sinks_layer": MemoryConfig(window=2, persistent=6, sink_chunks=1, sharing="layer", rope_cap=4),
   "patches": MemoryConfig(window=2, persistent=5, top_k=0.3, rope_cap=7, route_parts=2),
   "patches_learned": MemoryConfig(window=3, persistent=4, top_k=0.3, importance="learned", route_parts=2),
+  "novelty": MemoryConfig(window=2, persistent=5, top_k=0.3, novelty=4.0),
+  "novelty_learned": MemoryConfig(window=3, persistent=6, top_k=0.3, importance="learned", novelty=4.0, rope_cap=7),
+  "novelty_layer": MemoryConfig(window=2, persistent=5, importance="learned", sharing="layer", novelty=4.0),
   "window_one": MemoryConfig(window=1, persistent=5, top_k=0.5),
 }
 # An even number of blocks, full; an odd number of half-empty blocks: the padded one must never be read.
@@ -79,7 +82,7 @@ def cached_pass(model, cfg, params, text, clean, noisy, sigma):
 def test_cached_rollout_equals_one_parallel_forward(name, shape):
   cfg = CONFIGS[name]
   model = tiny(**SHAPES[shape] if cfg.route_parts == 1 or shape == "even" else dict(latent_size=(4, 4), tile=(1, 2, 2)))
-  if shape == "odd" and name not in ("dense", "sparse_head", "learned_layer", "rope_cap", "patches"):
+  if shape == "odd" and name not in ("dense", "sparse_head", "learned_layer", "rope_cap", "patches", "novelty_learned"):
     pytest.skip("one config of each kind is enough for the odd grid")
   params = random_params(model)
   rng = np.random.default_rng(1)

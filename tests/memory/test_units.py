@@ -16,13 +16,16 @@ from sfjax.config import Config, load_config, to_dataclass
 from sfjax.model import ModelConfig
 from sfjax.routing import (
   MemoryConfig,
+  block_content,
   block_mass,
   block_means,
   block_scores,
   capped_turn,
+  eviction_scores,
   importance,
   pool_keys,
   pool_queries,
+  redundancy,
   route_window,
   select_persistent,
   tile_means,
@@ -212,11 +215,12 @@ def test_importance_is_the_sum_of_softmaxes_and_decays():
   q, k = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((1, 2, 2, 8), (1, 9, 2, 8)))
   valid = jnp.asarray(np.arange(9) != 2)[None, None].repeat(2, 1)
   old = jnp.asarray(rng.uniform(size=(1, 2, 9)), jnp.float32)
-  head = lambda k: jnp.log(k.astype(jnp.float32).mean(-1) ** 2 + 1).swapaxes(1, 2)
+  own = jnp.asarray(rng.normal(size=(1, 4, 2, 8)), jnp.bfloat16)
+  head = lambda x: jnp.log(x.astype(jnp.float32).mean(-1) ** 2 + 1).swapaxes(1, 2)
 
   def score(**kw):
     cfg = MemoryConfig(window=2, persistent=1, **kw)
-    return np.asarray(importance(cfg, ODD, head, q, k, valid, old, jnp.int32(4), jax.random.key(0)))
+    return np.asarray(importance(cfg, ODD, head, own, q, k, valid, old, jnp.int32(4), jax.random.key(0)))
 
   s = np.exp(np.einsum("bqnh,brnh->bnqr", *(np.asarray(a, np.float64) for a in (q, k))) / np.sqrt(8))
   s[..., 2] = 0  # an empty block takes no part
@@ -226,7 +230,48 @@ def test_importance_is_the_sum_of_softmaxes_and_decays():
   np.testing.assert_allclose(score(score_decay=0.5), decayed, rtol=1e-5)
   learned = score(importance="learned")
   np.testing.assert_array_equal(learned[..., :5], old[..., :5])  # scored once, at their own commit
-  np.testing.assert_allclose(learned[..., 5:], np.exp(head(k))[..., 5:], rtol=1e-6)
+  np.testing.assert_allclose(learned[..., 5:], np.exp(head(own)), rtol=1e-6)
+
+
+def test_redundancy_is_the_cosine_to_what_came_later():
+  rng = np.random.default_rng(8)
+  origin = np.array([[[0, 2, 5, -1, 8, 9, 10, 11], [1, 2, 6, 7, 8, 9, 10, -1]]] * 2)  # chunks of 4 blocks
+  content = np.asarray(jnp.asarray(rng.normal(size=(2, 8, 2, 16)), jnp.bfloat16), np.float64)
+  content[0, 6, 0] = content[0, 1, 0]  # seen again in chunk 2
+  got = np.asarray(redundancy(ODD, jnp.asarray(content, jnp.bfloat16), jnp.asarray(origin), 5))
+  want = np.zeros((2, 2, 5))
+  for b, n in np.ndindex(2, 2):
+    there = origin[b, n] >= 0
+    x = content[b, :, n] - content[b, there, n].mean(0)
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    for e in range(5):
+      later = there & (origin[b, n] // 4 > origin[b, n, e] // 4)
+      want[b, n, e] = max([0, *(x[later] @ x[e])]) if there[e] else 0
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  assert got[0, 0, 1] > 0.999 and (got[:, :, 4] == 0).all()  # nothing is later than the newest chunk
+
+
+@pytest.mark.parametrize("sharing", ["head", "layer"])
+def test_novelty_lowers_the_score_of_what_is_repeated(sharing):
+  cfg = MemoryConfig(window=1, persistent=4, sharing=sharing, novelty=3.0)
+  rng = np.random.default_rng(9)
+  origin = jnp.asarray(np.broadcast_to([0, 1, 4, -1, 8, 9, 10, -1], (1, 2, 8)))
+  content = jnp.asarray(rng.normal(size=(1, 8, 2, 16)), jnp.bfloat16).at[0, 4].set(0.5).at[0, 2].set(0.5)
+  score = jnp.asarray(rng.uniform(0.5, 1, size=(1, 2, 8)), jnp.float32)
+  got = np.asarray(eviction_scores(cfg, ODD, score, origin, content))
+  together = content.reshape(1, 8, 1, 32)  # heads that share P are compared as one
+  r = redundancy(ODD, together, origin[:, :1], 8) if sharing == "layer" else redundancy(ODD, content, origin, 8)
+  np.testing.assert_allclose(got, score * np.exp(-3.0 * np.broadcast_to(r, score.shape)), rtol=1e-6)
+  assert (got[:, :, 2] < 0.06 * score[:, :, 2]).all()  # e^-3 of it is left
+  plain = eviction_scores(dataclasses.replace(cfg, novelty=0.0), ODD, score, origin, content)
+  np.testing.assert_array_equal(plain, score)
+
+
+def test_content_is_the_mean_of_valid_values():
+  v = np.random.default_rng(10).normal(size=(2, ODD.slots, 3, 16)).astype(np.float32)
+  want = v.reshape(2, ODD.blocks, 64, 3, 16)[:, :, : ODD.valid].mean(2)
+  got = np.asarray(block_content(jnp.asarray(v), ODD), np.float32)
+  np.testing.assert_allclose(got, want, rtol=2**-8, atol=1e-6)  # bfloat16 rounds to 2^-9
 
 
 def test_capped_turn_never_lets_a_block_look_older():
