@@ -57,7 +57,8 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool):
     if commit:
       nb = layout.blocks
       own = jax.lax.dynamic_slice_in_dim(m.pooled, cfg.persistent + (m.chunk % cfg.window) * nb, nb, 1)
-      aux = kv.Commit(k, v, own, kv.resident_scores(model, cfg, m, block.log_importance, q_pooled))
+      content = block_content(v, layout)
+      aux = kv.Commit(k, v, own, kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled))
     return layout.unpack(out)[:, None], aux
 
   return attend
@@ -146,8 +147,8 @@ def _plan(model, cfg: MemoryConfig, n: int, head, content, q_pooled, k_pooled, r
   b, streams, _, patches, heads, dim = k_pooled.shape
   given = streams - n  # clean chunks
   clean, noisy = k_pooled[:, :given], k_pooled[:, given:]
-  # Blocks by origin, with the chunks before the first one (invalid) in front, and behind them one empty block or an absent
-  # last chunk, which nobody reads, and that block.
+  # Blocks by origin; in front of them W chunks that never were, behind them the last chunk where it is absent (nobody reads
+  # it) and one empty block.
   by_origin = lambda x: jnp.pad(
     x.reshape(b, given * nb, *x.shape[3:]), [(0, 0), (w * nb, (n - given) * nb + 1)] + [(0, 0)] * (x.ndim - 3)
   )

@@ -178,8 +178,11 @@ def _turn(model, cfg, m) -> Int32[Array, "B N C"]:
   return capped_turn(cfg, (m.chunk - chunk) * model.chunk_frames)
 
 
-def resident_scores(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, head, q_pooled) -> Float[Array, "B N R"]:
-  """New importance of the resident blocks, in resident order, for a memory that holds the chunk's clean K/V. One layer."""
+def resident_scores(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, head, own, q_pooled) -> Float[Array, "B N R"]:
+  """New importance of the resident blocks, in resident order, for a memory that holds the chunk's clean keys. One layer.
+
+  head, own: see `routing.importance`.
+  """
   order = _resident(model, cfg, m.chunk)
   pooled = block_means(m.pooled[:, order])
   if cfg.rope_cap is not None and cfg.persistent:
@@ -188,9 +191,7 @@ def resident_scores(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, head, q_
   valid: Bool[Array, "B N R"] = m.origin[:, :, order] >= 0
   rng = jax.random.wrap_key_data(m.rng, impl="threefry2x32")
   means = tile_means(model.layout, q_pooled)
-  own = order[-model.layout.blocks :]
-  content = block_content(m.v, model.layout)[:, own]
-  return importance(cfg, model.layout, head, content, means, pooled, valid, m.score[:, :, order], m.chunk, rng)
+  return importance(cfg, model.layout, head, own, means, pooled, valid, m.score[:, :, order], m.chunk, rng)
 
 
 def commit_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, update: Commit) -> KVMemory:

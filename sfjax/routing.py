@@ -127,8 +127,8 @@ def pool_queries(q: Float[Array, "*B T N H"], layout: BlockLayout, parts: int = 
 
 
 def block_content(v: Float[Array, "*B S N H"], layout: BlockLayout) -> Float[Array, "*B K N H"]:
-  """Mean value of each block: what it says, wherever and whenever it lies; float32 sums, rounded to bfloat16."""
-  return jax.lax.stop_gradient(_patch_means(v, layout, 1)[..., 0, :, :].astype(jnp.bfloat16))
+  """Mean value of each block, pooled as keys are: what it says, wherever and whenever it lies."""
+  return pool_keys(v, layout)[..., 0, :, :]
 
 
 def block_means(k_pooled: Float[Array, "*B A N H"]) -> Float[Array, "*B N H"]:
