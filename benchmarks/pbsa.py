@@ -2,10 +2,8 @@
 
 python -m benchmarks.pbsa --out out/pbsa
 
-A timed run is a burst of equal calls, enqueued one behind the other, and one wait at its end: launches hide behind
-the work of the call before, and PyTorch's kernels are timed in the very same way. (In a loop inside jit each call would
-have to feed the next, or the compiler hoists it out.) Only routing, some short kernels, is looped inside one program,
-over layers, as in the model.
+A timed run is a burst of equal calls (`pallas_kernels.pbsa.timing`), PyTorch's kernels in the very same way. Only routing,
+some short kernels, is looped inside one program, over layers, as in the model.
 
 FLOPs are 4 x rows x keys read x H per head, keys that hold a token only; 2.5 times that backward. Bytes are q, k, v and
 out once, gradients likewise. "By slots" counts padding, too, as a kernel multiplies it. The backward pass of "cudnn"
@@ -21,7 +19,6 @@ import importlib.util
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,14 +28,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK, TILE, pbsa
+from pallas_kernels.pbsa.timing import BURST, random_lists, timed
 from sfjax.errors import Parser, UserError, command
+from sfjax.memory import KVMemory, route
 from sfjax.model import ModelConfig
-from sfjax.routing import MemoryConfig, pool_keys, pool_queries, route_window
+from sfjax.routing import MemoryConfig, pool_keys, pool_queries
 from sfjax.runlog import make_folder, replacing, run_record, write_json_atomic
 
 IMPLEMENTATIONS = ("xla", "cudnn", "mosaic_sm90")  # the first is what the others are compared with
 PASSES = {"forward": (1, 1), "backward": (2.5, 2), "both": (3.5, 3)}  # FLOPs and bytes over those of the forward pass
-BURST = 0.01  # seconds of work in a timed run, or one call
 ROUTED_LAYERS = 16
 PEAK_TFLOPS = 790.0  # what large bf16 matrix products sustain on an H100 or H200
 PEAK_GBPS = {"H100": 2800.0, "H200": 4000.0}  # five sixths of the data sheet's
@@ -146,21 +144,10 @@ class Group(NamedTuple):
   host: Callable[[Any], np.ndarray] | None = None
 
 
-def random_lists(rng, shape: Shape) -> tuple[Int32[np.ndarray, "B N Q Kmax"], Int32[np.ndarray, "B N Q"]]:
-  """Random ascending lists. Counts vary by an eighth, and their mean is exactly `shape.listed`."""
-  n, available = shape.batch * shape.heads * shape.tiles, shape.blocks - shape.prefix
-  spread = min(max(1, shape.listed // 8), shape.listed, available - shape.listed)
-  half = rng.integers(-spread, spread + 1, n // 2)
-  counts = shape.listed + rng.permutation(np.concatenate([half, -half, np.zeros(n % 2, int)]))
-  ids = shape.prefix + rng.random((n, available)).argsort(-1)[:, : counts.max()]
-  ids = np.sort(np.where(np.arange(ids.shape[1]) < counts[:, None], ids, shape.blocks), -1)
-  where = shape.batch, shape.heads, shape.tiles
-  return ids.reshape(*where, -1).astype(np.int32), counts.reshape(where).astype(np.int32)
-
-
 def problem(shape: Shape, seed: int) -> Problem:
   """Normal bfloat16 data and random lists."""
-  ids, counts = random_lists(np.random.default_rng(seed), shape)
+  where = shape.batch, shape.heads, shape.tiles
+  ids, counts = random_lists(np.random.default_rng(seed), where, shape.blocks, shape.prefix, shape.listed)
   read = np.zeros((*counts.shape, shape.blocks + 1), bool)  # the last column takes what lies past a count
   np.put_along_axis(read, ids, True, -1)
   read[..., : shape.prefix] = True
@@ -213,41 +200,45 @@ def dense_group(shape: Shape, p: Problem, rows: int, keys: int) -> Group:
   return Group(passes, rows, keys, shape.batch * shape.heads * rows * keys)
 
 
-def routing_layers(shape: Shape, q, k, pooled) -> tuple[Int32[Array, "L B N Q Kmax"], Int32[Array, "L B N Q"]]:
+def routing_layers(shape: Shape, q, k, pooled, origin) -> tuple[Int32[Array, "L B N Q Kmax"], Int32[Array, "L B N Q"]]:
   """Lists of every layer of a chunk, P being full: what a denoising pass does beside attention.
 
   Args:
-    q, k: the chunk's own, [L,B,T,N,H]. pooled: the window's blocks, [L,B,X,A,N,H].
+    q, k: the chunk's own, [L,B,T,N,H]. pooled: the memory's blocks, [L,B,R,A,N,H]. origin: where they came from, [L,B,N,R].
   """
-  layout, memory = shape.model.layout, shape.memory
-  blocks, parts = memory.window * layout.blocks, memory.route_parts
-  holds_tokens = jnp.tile(jnp.arange(layout.blocks) < layout.full_blocks, memory.window)
-  window = jnp.arange(memory.persistent, memory.persistent + blocks + 1)
+  model, memory = shape.model, shape.memory
+  chunk = jnp.int32(memory.window + memory.persistent)  # late enough
+  own = memory.persistent + (chunk % memory.window) * model.layout.blocks
 
   def layer(xs):
-    q, k, pooled = xs
-    pooled = pooled.at[:, -layout.blocks :].set(pool_keys(k, layout, parts))
-    chunk = jnp.int32(memory.window + memory.persistent)  # late enough
-    position, counts = route_window(memory, layout, pool_queries(q, layout, parts), pooled, holds_tokens, chunk)
-    return jnp.sort(window[position], -1).astype(jnp.int32), counts
+    q, k, pooled, origin = xs
+    pooled_k = pool_keys(k, model.layout, memory.route_parts)
+    pooled = jax.lax.dynamic_update_slice_in_dim(pooled, pooled_k, own, 1)
+    m = KVMemory(*[None] * 2, pooled, None, origin, chunk, *[None] * 3)
+    return route(model, memory, m, pool_queries(q, model.layout, memory.route_parts))
 
-  return jax.lax.map(layer, (q, k, pooled))
+  return jax.lax.map(layer, (q, k, pooled, origin))
 
 
 def routing_row(shape: Shape, runs: int) -> dict:
   """Time, FLOPs and bytes of one layer's routing."""
   layout, memory = shape.model.layout, shape.memory
-  blocks, patches = memory.window * layout.blocks, memory.route_parts**2
+  resident, patches = memory.resident_blocks(layout), memory.route_parts**2
+  blocks = resident - memory.persistent
   queries = shape.tiles * (1 if patches == 1 else 2 * patches)
-  sizes = shape.q, shape.q, (shape.batch, blocks, patches, shape.heads, shape.head_dim)
+  sizes = shape.q, shape.q, (shape.batch, resident, patches, shape.heads, shape.head_dim)
   keys = jax.random.split(jax.random.key(0), 3)
   x = [jax.random.normal(key, (ROUTED_LAYERS, *size), jnp.bfloat16) for key, size in zip(keys, sizes, strict=True)]
+  tile = jnp.where(jnp.arange(resident) % layout.blocks < layout.full_blocks, 0, -1)  # of what matters, all it says
+  x.append(jnp.broadcast_to(jnp.roll(tile, memory.persistent), (ROUTED_LAYERS, shape.batch, shape.heads, resident)))
   call = functools.partial(jax.jit(functools.partial(routing_layers, shape)), *x)
   per_head = shape.batch * shape.heads
   lists = per_head * shape.tiles * (memory.max_k(layout) + 1)
   moved = 2 * per_head * shape.head_dim * (2 * shape.rows + blocks * patches) + 4 * lists
   flops = 2 * per_head * queries * blocks * patches * shape.head_dim
-  return dict(**timed(call, jax.block_until_ready, runs, ROUTED_LAYERS), flops=flops, bytes=moved)
+  time = timed(call, jax.block_until_ready, runs)
+  a_layer = {name: (np.array(time[name]) / ROUTED_LAYERS).tolist() for name in ("ms", "ms_p10_p90")}
+  return time | a_layer | dict(flops=flops, bytes=moved)
 
 
 def torch_passes(torch, attend, x, g) -> dict[str, Callable[[], Callable[[], Any]]]:
@@ -369,23 +360,6 @@ def groups(shape: Shape, p: Problem, fastvideo: str | None) -> dict[str, Callabl
     "torch flex": lambda: flex_group(shape, p),
     "vsa triton": lambda: vsa_group(shape, p, fastvideo),
   }
-
-
-def timed(call, wait, runs: int, parts: int = 1) -> dict:
-  """Milliseconds of one of a call's `parts`: the median of `runs` bursts, and their 10th and 90th percentiles."""
-
-  def burst(calls):
-    began = time.perf_counter()
-    for _ in range(calls):
-      out = call()
-    wait(out)
-    return (time.perf_counter() - began) / calls
-
-  burst(1)  # compiles
-  calls = int(np.clip(BURST / min(burst(1), burst(1)), 1, 64))
-  burst(calls)
-  ms = np.array([burst(calls) for _ in range(runs)]) * 1e3 / parts
-  return {"ms": float(np.median(ms)), "ms_p10_p90": np.percentile(ms, (10, 90)).tolist(), "calls": calls}
 
 
 def one_line(e: BaseException) -> str:

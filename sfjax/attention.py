@@ -211,7 +211,7 @@ def _plan(model, cfg: MemoryConfig, n: int, head, content, q_pooled, k_pooled, r
     noisy_position = jnp.where(jnp.arange(w * nb) >= (w - 1) * nb, position + given * nb, position)
     out = []
     for row, keys, where in ((t, clean_keys, position), (given + t, noisy_keys, noisy_position)):
-      index, counts = route_window(cfg, layout, at(q_pooled, row), keys, valid, t)
+      index, counts = route_window(cfg, layout, at(q_pooled, row), keys, valid, t, (w - 1) * nb)
       ids = jnp.append(where, big)[index]
       if c:
         p_ids = streams * nb + t * c + jnp.arange(c) if segments else persistent

@@ -157,11 +157,11 @@ def write_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, k, v) -> KVM
 
 def route(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, q_pooled: Float[Array, "B Q I N H"]):
   """Lists for `pbsa` of the current chunk: (block ids int32 [B,N,Q,Kmax], counts int32 [B,N,Q]). One layer."""
-  window = _resident(model, cfg, m.chunk)[cfg.persistent :]
-  valid = m.origin[0, 0, window] >= 0
-  position, counts = route_window(cfg, model.layout, q_pooled, m.pooled[:, window], valid, m.chunk)
-  ids = jnp.append(window, m.origin.shape[-1])[position]
-  return jnp.sort(ids, -1).astype(jnp.int32), counts
+  c = cfg.persistent
+  own = _ring_block(model, cfg, m.chunk) - c
+  valid = m.origin[0, 0, c:] >= 0
+  ids, counts = route_window(cfg, model.layout, q_pooled, m.pooled[:, c:], valid, m.chunk, own)
+  return c + ids, counts
 
 
 def persistent_keys(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> Float[Array, "B CS N H"] | None:

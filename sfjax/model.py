@@ -284,8 +284,9 @@ def _remat(fn, policy: str):
     return fn
   keep = jax.checkpoint_policies
   plan = keep.save_only_these_names("plan")  # small, and long to find again
-  both = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, plan)
-  return jax.checkpoint(fn, policy={"full": plan, "dots": both}[policy])
+  products = keep.save_only_these_names("plan", "pbsa")
+  dots = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, products)
+  return jax.checkpoint(fn, policy={"full": plan, "dots": dots}[policy])
 
 
 def patchify(x: Float[Array, "B G F h w C"], patch: tuple[int, int]) -> Float[Array, "B G tokens P"]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.pbsa import BLOCK
+from pallas_kernels.pbsa import BLOCK, top_lists
 from sfjax.tiles import BlockLayout
 
 IMPORTANCE = ("attention", "learned", "random")
@@ -99,6 +99,8 @@ def _patch_means(x: Float[Array, "*B S N H"], layout: BlockLayout, parts: int) -
     raise ValueError(f"route_parts: {parts} does not divide the rows and columns of tile {layout.tile}")
   *b, slots, n, h = x.shape
   x = x.astype(jnp.float32).reshape(*b, slots // BLOCK, BLOCK, n, h)[..., : layout.valid, :, :]
+  if parts == 1:
+    return x.mean(-3, keepdims=True)
   x = x.reshape(*x.shape[:-3], f, parts, rows // parts, parts, columns // parts, n, h).mean((-7, -5, -3))
   return x.reshape(*b, slots // BLOCK, parts * parts, n, h)
 
@@ -146,7 +148,7 @@ def tile_means(layout: BlockLayout, q_pooled: Float[Array, "*B Q I N H"]) -> Flo
 
 def block_scores(q_pooled: Float[Array, "B Q N H"], k_pooled: Float[Array, "B R N H"]) -> Float[Array, "B N Q R"]:
   """Pooled scores, scaled by 1/sqrt(H), float32."""
-  s = jnp.einsum("bqnh,brnh->bnqr", q_pooled.astype(jnp.float32), k_pooled.astype(jnp.float32), precision="highest")
+  s = jnp.einsum("bqnh,brnh->bnqr", q_pooled, k_pooled, precision="highest", preferred_element_type=jnp.float32)
   return s * q_pooled.shape[-1] ** -0.5
 
 
@@ -275,23 +277,22 @@ def route_window(
   k_pooled: Float[Array, "B X A N H"],
   valid: Bool[Array, " X"],
   chunk: Int32[Array, ""],
+  own: int | Int32[Array, ""],
 ) -> tuple[Int32[Array, "B N Q K"], Int32[Array, "B N Q"]]:
-  """The window blocks each query tile reads: its own two first, then the best.
+  """The window blocks each query tile reads: its own two, then the best; of equals, the oldest.
 
   Args:
-    k_pooled, valid: the window's blocks, oldest chunk first; the last nb are the chunk's own.
+    k_pooled, valid: the window's blocks, chunks in a ring: the chunk's own begin at `own`, behind them come the oldest.
 
   Returns:
     Positions in the window, ascending (X past the end), and how many count.
   """
   x, nb = k_pooled.shape[1], layout.blocks
-  own = (x - nb) + 2 * jnp.arange(nb // 2)[:, None] + jnp.arange(2)
-  own = (jnp.arange(x) == own[..., None]).any(1)  # [Q,X]
-  s = jnp.where(own, jnp.inf, block_mass(layout, q_pooled, k_pooled, valid))
-  best, index = jax.lax.top_k(jnp.where(valid, s, -jnp.inf), cfg.max_k(layout))
+  s = block_mass(layout, q_pooled, k_pooled, valid)
+  mine = jnp.arange(x) - own
+  s = jnp.where(mine // 2 == jnp.arange(nb // 2)[:, None], jnp.inf, s)
   budget = cfg.full_k(layout) + cfg.persistent - cfg.persistent_count(layout, chunk)
-  chosen = (best > -jnp.inf) & (jnp.arange(best.shape[-1]) < budget)
-  return jnp.sort(jnp.where(chosen, index, x), -1).astype(jnp.int32), chosen.sum(-1, dtype=jnp.int32)
+  return top_lists(jnp.where(valid, s, -jnp.inf), budget, cfg.max_k(layout), (own + nb) % x)
 
 
 def capped_turn(cfg: MemoryConfig, age: Int32[Array, "*A"]) -> Int32[Array, "*A"]:

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pbsa import cudnn, mosaic_sm90
 from pallas_kernels.pbsa.lists import BLOCK, TILE
+from pallas_kernels.pbsa.mosaic_sm90_config import choose_config
 from pallas_kernels.pbsa.reference import pbsa_xla
 
 IMPLEMENTATIONS = ("mosaic_sm90", "cudnn", "xla")
@@ -84,8 +85,8 @@ def pbsa(
     scale: multiplies the logits; 1/sqrt(H) by default.
     kv_grad_range: first and last block (inclusive) that receive dk and dv; the others get zero.
     return_lse: also return the log of the softmax denominator.
-    implementation: "cudnn" (NVIDIA, 16 bit), "xla" (anywhere), None for the first of these that supports the arguments, or
-      "mosaic_sm90" (Hopper, 16 bit, head dim 64 or 128), which has to be asked for until it has been measured on a GPU.
+    implementation: "mosaic_sm90" (Hopper, 16 bit, head dim 64 or 128), "cudnn" (NVIDIA, 16 bit), "xla" (anywhere), or None
+      for the first of these that supports the arguments.
 
   Returns:
     out [B,T,N,H] in q's dtype, and lse float32 [B,N,T] (natural log) if asked. A tile that reads nothing gives zeros
@@ -99,17 +100,20 @@ def pbsa(
   if implementation not in (None, *IMPLEMENTATIONS):
     raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  if implementation == "mosaic_sm90":
-    reason = mosaic_sm90.unsupported(q, scale)
-    if reason:
+  device = _current_device()
+  if implementation in (None, "mosaic_sm90"):
+    reason = mosaic_sm90.unsupported(device, q, scale)
+    if implementation and reason:
       raise NotImplementedError(reason)
-    call = mosaic_sm90.Call(scale, kv_valid, kv_grad_range, mosaic_sm90.config(q.shape[-1], kv_valid))
-    if layer is not None:
-      q, k, v = (_forward_only(x) for x in (q, k, v))
-    out, lse = mosaic_sm90.pbsa_mosaic(call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks, layer)
-    return (out, lse) if return_lse else out
+    if reason is None:
+      config = choose_config(q.shape[-1], kv_valid, device.device_kind)
+      call = mosaic_sm90.Call(scale, kv_valid, kv_grad_range, config)
+      if layer is not None:
+        q, k, v = (_forward_only(x) for x in (q, k, v))
+      out, lse = mosaic_sm90.pbsa_mosaic(call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks, layer)
+      return (out, lse) if return_lse else out
   if implementation in (None, "cudnn"):
-    reason = cudnn.unsupported(q, block_ids, prefix_blocks, prefix_k, layer, kv_grad_range, return_lse)
+    reason = cudnn.unsupported(device, q, block_ids, prefix_blocks, prefix_k, layer, kv_grad_range, return_lse)
     if implementation and reason:
       raise NotImplementedError(reason)
     if reason is None:
@@ -118,6 +122,12 @@ def pbsa(
     k, v = (_forward_only(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)) for x in (k, v))
   out, lse = pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, scale, kv_grad_range)
   return (out, lse) if return_lse else out
+
+
+def _current_device() -> jax.Device:
+  """Where arrays go that nobody has placed."""
+  device = jax.config.jax_default_device
+  return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
 @jax.custom_jvp

@@ -16,7 +16,7 @@ from pallas_kernels.pbsa.lists import BLOCK, TILE
 _FUSED = "cudnn"  # of jax.nn.dot_product_attention
 
 
-def unsupported(q, block_ids, prefix_blocks, prefix_k, layer, kv_grad_range, return_lse) -> str | None:
+def unsupported(device, q, block_ids, prefix_blocks, prefix_k, layer, kv_grad_range, return_lse) -> str | None:
   """Why this implementation cannot serve a call, or None."""
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"q: dtype {q.dtype}; cudnn wants bfloat16 or float16"
@@ -26,7 +26,7 @@ def unsupported(q, block_ids, prefix_blocks, prefix_k, layer, kv_grad_range, ret
     return "prefix_blocks: beside lists cudnn wants an int, or prefix_k, which bounds it"
   if layer is not None or kv_grad_range is not None or return_lse:
     return "layer, kv_grad_range, return_lse: not in cudnn"
-  if jax.default_backend() != "gpu":
+  if device.platform != "gpu":
     return "implementation: cudnn wants an NVIDIA GPU"
   return None
 

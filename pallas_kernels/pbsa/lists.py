@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
 BLOCK = 64  # key slots in a block
 TILE = 128  # query rows in a tile: two neighbouring blocks
@@ -39,6 +39,25 @@ def validate_lists(ids: Int32[Array, "B N Q K"], counts: Int32[Array, "B N Q"], 
       raise ValueError(f"block_ids: {what} at (batch, head, tile) = {where}")
 
 
+def top_lists(
+  scores: Float[Array, "*B X"], budget: int | Int32[Array, ""], size: int, first: int | Int32[Array, ""] = 0
+) -> tuple[Int32[Array, "*B {size}"], Int32[Array, "*B"]]:
+  """The best entries of every row as a list for `pbsa`; -inf is never listed.
+
+  Args:
+    budget: how many at most. size: length of the lists, at least as many as are ever listed.
+    first: of equals, the one is listed that is met first from here on, round the end of the row.
+
+  Returns:
+    ids, ascending, X past the end, and how many count.
+  """
+  x = scores.shape[-1]
+  best, index = jax.lax.top_k(jnp.roll(scores, -first, -1), size)
+  listed = (best > -jnp.inf) & (jnp.arange(size) < budget)
+  ids = jnp.where(listed, (index + first) % x, x)
+  return jnp.sort(ids, -1).astype(jnp.int32), listed.sum(-1, dtype=jnp.int32)
+
+
 def transpose_lists(
   ids: Int32[Array, "B N Q Kmax"],
   counts: Int32[Array, "B N Q"],
@@ -61,5 +80,7 @@ def transpose_lists(
   read = jnp.zeros((b, n, q, num_blocks), bool)
   read = read.at[*(x[..., None] for x in at), target].set(True, mode="drop", unique_indices=True)
   read = (read | (jnp.arange(num_blocks) < prefix_blocks)).swapaxes(2, 3)
-  tiles = jax.lax.broadcasted_iota(jnp.int32, read.shape, 3)
-  return jnp.sort(jnp.where(read, tiles, q), axis=-1), read.sum(-1, dtype=jnp.int32)
+  # By comparing, not sorting: the r-th reader comes after as many tiles as have at most r readers up to them.
+  tile = jnp.arange(q)
+  until = (read[..., None, :] & (tile <= tile[:, None])).sum(-1, dtype=jnp.int32)
+  return (until[..., None, :] <= tile[:, None]).sum(-1, dtype=jnp.int32), read.sum(-1, dtype=jnp.int32)

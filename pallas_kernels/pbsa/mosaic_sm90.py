@@ -12,18 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.pbsa.lists import BLOCK, transpose_lists
 from pallas_kernels.pbsa.mosaic_sm90_backward import backward_kv, backward_q
 from pallas_kernels.pbsa.mosaic_sm90_forward import forward
-from pallas_kernels.pbsa.mosaic_sm90_parts import LOG2E, Call, Config
+from pallas_kernels.pbsa.mosaic_sm90_parts import LOG2E, Call
 
 
-def config(head_dim: int, kv_valid: int) -> Config:
-  """Tuning parameters that fit shared memory and spill no registers in the loops (checked with ptxas)."""
-  if head_dim == 128:
-    return Config()
-  width = 4 if kv_valid <= 48 else 2  # four blocks of 48 fill three tiles of 64: nothing is loaded in vain
-  return Config(forward_stages=4, forward_width=width, dq_stages=4, dkv_stages=4)
-
-
-def unsupported(q, scale: float) -> str | None:
+def unsupported(device: jax.Device, q, scale: float) -> str | None:
   """Why this implementation cannot serve a call, or None."""
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"q: dtype {q.dtype}; mosaic_sm90 wants bfloat16 or float16"
@@ -31,7 +23,6 @@ def unsupported(q, scale: float) -> str | None:
     return f"q: head dim {q.shape[-1]}; mosaic_sm90 wants 64 or 128"
   if not scale > 0:
     return f"scale: {scale}; mosaic_sm90 wants a positive number"
-  device = jax.devices()[0]
   if getattr(device, "compute_capability", None) != "9.0":
     return f"implementation: mosaic_sm90 wants a Hopper GPU (wgmma), not {device.device_kind}"
   return None

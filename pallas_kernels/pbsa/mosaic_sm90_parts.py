@@ -18,27 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.pbsa.lists import BLOCK, TILE
+from pallas_kernels.pbsa.mosaic_sm90_config import Config, loaded
 
 WARPGROUPS = 2  # that compute
 ROWS = TILE // WARPGROUPS
 LOG2E = math.log2(math.e)
 BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Tuning parameters.
-
-  *_stages: slots in a kernel's ring. *_width: key blocks per step where a kernel walks a tile's blocks. dkv_blocks: key
-  blocks that one program of the last kernel takes in turn.
-  """
-
-  forward_stages: int = 2
-  forward_width: int = 2
-  dq_stages: int = 2
-  dq_width: int = 2
-  dkv_stages: int = 2
-  dkv_blocks: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +37,8 @@ class Call:
   interpret: plgpu.InterpretGPUParams | None = None
 
   def loaded(self, width: int) -> int:
-    """J: slots of a block that are loaded: the valid ones where `width` blocks of that many fill tiles of 64."""
-    rows = -(-self.kv_valid // 8) * 8
-    return BLOCK if width * rows % 64 else rows
+    """J: slots of a block that are loaded."""
+    return loaded(self.kv_valid, width)
 
 
 def tiled(shape, dtype):

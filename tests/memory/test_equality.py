@@ -126,6 +126,7 @@ def test_rope_cap_acts_only_beyond_the_cap():
   outs = [
     cached_pass(model, dataclasses.replace(base, rope_cap=r), params, text, x, x + 1, sigma)[0] for r in (None, 18, 4)
   ]  # fmt: skip
-  np.testing.assert_array_equal(outs[0], outs[1])
-  np.testing.assert_array_equal(outs[0][:, :2], outs[2][:, :2])
-  assert float(jnp.abs(outs[0][:, -1] - outs[2][:, -1]).max()) > 1e-3
+  # Keys turned by zero are the same bits, but other programs may sum them in another order: float32 rounding.
+  apart = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+  assert apart(outs[1], outs[0]) <= 2e-6 and apart(outs[2][:, :2], outs[0][:, :2]) <= 2e-6
+  assert apart(outs[2][:, -1], outs[0][:, -1]) > 1e-3

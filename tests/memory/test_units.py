@@ -147,18 +147,20 @@ def test_route_window_lists_own_blocks_then_the_best(name, layout):
     # Small whole numbers: products are exact and ties abound.
     q = jnp.asarray(rng.integers(-1, 2, (2, nb // 2, heads, 4)), jnp.bfloat16)
     k = jnp.asarray(rng.integers(-1, 2, (2, x, heads, 4)), jnp.bfloat16)
-    ids, counts = ROUTE(cfg, layout, q[:, :, None], k[:, :, None], valid, jnp.int32(chunk))
     s = np.asarray(block_scores(q, k))
     full = max(2, math.ceil(cfg.top_k * cfg.window * layout.full_blocks - 1e-9))
     evicted = max(0, chunk - cfg.window + 1) * layout.full_blocks
     budget = full + cfg.persistent - min(cfg.persistent, evicted)  # P's room goes to the window until P is full
-    for b, n, t in np.ndindex(2, heads, nb // 2):
-      own = [x - nb + 2 * t, x - nb + 2 * t + 1]
-      order = sorted(np.flatnonzero(valid).tolist(), key=lambda i: (i not in own, -s[b, n, t, i], i))
-      want = sorted(order[:budget])
-      assert ids[b, n, t, : len(want)].tolist() == want and int(counts[b, n, t]) == len(want)
-      assert (np.asarray(ids[b, n, t, len(want) :]) == x).all()
-      assert set(own) & set(np.flatnonzero(valid)) <= set(want)
+    for ring in range(0, x, nb):  # where in the array the oldest chunk lies
+      keys, there = np.roll(k, ring, 1), np.roll(valid, ring)
+      ids, counts = ROUTE(cfg, layout, q[:, :, None], keys[:, :, None], there, jnp.int32(chunk), (ring - nb) % x)
+      for b, n, t in np.ndindex(2, heads, nb // 2):
+        own = [x - nb + 2 * t, x - nb + 2 * t + 1]
+        order = sorted(np.flatnonzero(valid).tolist(), key=lambda i: (i not in own, -s[b, n, t, i], i))
+        want = sorted((i + ring) % x for i in order[:budget])
+        assert ids[b, n, t, : len(want)].tolist() == want and int(counts[b, n, t]) == len(want)
+        assert (np.asarray(ids[b, n, t, len(want) :]) == x).all()
+        assert set(own) & set(np.flatnonzero(valid)) <= set(order[:budget])
 
 
 def test_pooled_vectors_are_means_of_valid_rows():

@@ -1,5 +1,6 @@
 """`python -m benchmarks.pbsa`: the command on a CPU, what it counts, and that what it times on a GPU lowers."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks import pbsa as benchmark
 from pallas_kernels.pbsa import mosaic_sm90, validate_lists
+from pallas_kernels.pbsa.timing import random_lists
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,8 @@ def test_counted_work(record):
 @pytest.mark.parametrize("name", [n for n in benchmark.SHAPES if n != "long"])
 def test_lists(name):
   shape = benchmark.SHAPES[name]
-  ids, counts = benchmark.random_lists(np.random.default_rng(0), shape)
+  p = benchmark.problem(dataclasses.replace(shape, head_dim=1), 0)
+  ids, counts = p.ids, p.counts
   validate_lists(ids, counts, shape.blocks * 64)
   assert ids.min() >= shape.prefix and counts.mean() == shape.listed and counts.min() < counts.max() == ids.shape[-1]
 
@@ -82,7 +85,8 @@ def test_shapes_of_the_paper_and_production():
 def test_mosaic_lowers_at_production_size(monkeypatch):
   monkeypatch.setattr(mosaic_sm90, "unsupported", lambda *_: None)
   shape = benchmark.SHAPES["production"]
-  lists = benchmark.random_lists(np.random.default_rng(0), shape)
+  where = shape.batch, shape.heads, shape.tiles
+  lists = random_lists(np.random.default_rng(0), where, shape.blocks, shape.prefix, shape.listed)
   q, kv = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (shape.q, shape.kv))
   group = benchmark.pbsa_group(shape, benchmark.Problem((q, kv, kv), q, *lists, None), "mosaic_sm90")
   for name, kernels in (("forward", 1), ("both", 3)):

@@ -7,9 +7,10 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.pbsa import pbsa, validate_lists
-from pallas_kernels.pbsa.lists import transpose_lists
-from pallas_kernels.pbsa.mosaic_sm90 import Call, Config, config, pbsa_mosaic
+from pallas_kernels.pbsa import mosaic_sm90, pbsa, validate_lists
+from pallas_kernels.pbsa.lists import top_lists, transpose_lists
+from pallas_kernels.pbsa.mosaic_sm90 import Call, pbsa_mosaic
+from pallas_kernels.pbsa.mosaic_sm90_config import Config, heuristic
 from tests.pbsa.oracle import oracle, random_lists
 
 
@@ -78,8 +79,8 @@ def close(got, want, limit):
   "h, dtype, valid, prefix, own_keys, counts, settings",
   [
     (64, jnp.bfloat16, 60, 0, False, [[[0, 7]], [[4, 1]]], Config()),
-    (64, jnp.bfloat16, 48, 3, True, [[[2, 5]]], config(64, 48)),
-    (128, jnp.bfloat16, 64, 1, False, [[[6], [3]]], config(128, 64)),
+    (64, jnp.bfloat16, 48, 3, True, [[[2, 5]]], heuristic(64, 48)),
+    (128, jnp.bfloat16, 64, 1, False, [[[6], [3]]], heuristic(128, 64)),
     (128, jnp.float16, 60, 2, True, [[[0], [5]]], Config(forward_stages=3, forward_width=1)),
   ],
 )
@@ -117,8 +118,8 @@ def test_the_detector_sees_a_missing_fence(interpret, monkeypatch):
   "h, valid, prefix, own_keys, counts, grad_range, scale, settings",
   [
     (64, 60, 0, False, [[[0, 3]], [[4, 1]]], None, 1.0, Config(dkv_blocks=4)),
-    (64, 48, 2, True, [[[1, 2]]], (1, 3), 4.0, config(64, 48)),
-    (128, 64, 1, False, [[[4, 1]]], (2, 4), 16.0, config(128, 64)),
+    (64, 48, 2, True, [[[1, 2]]], (1, 3), 4.0, heuristic(64, 48)),
+    (128, 64, 1, False, [[[4, 1]]], (2, 4), 16.0, heuristic(128, 64)),
   ],
 )
 def test_gradients_match_oracle(interpret, h, valid, prefix, own_keys, counts, grad_range, scale, settings):
@@ -143,6 +144,19 @@ def test_gradients_match_oracle(interpret, h, valid, prefix, own_keys, counts, g
     assert not np.any(np.asarray(a)[w == 0])
 
 
+def test_top_lists():
+  rng = np.random.default_rng(12)
+  scores = rng.integers(-2, 3, (4, 5, 9)).astype(np.float32)  # ties
+  scores[scores == -2], scores[scores == 2] = -np.inf, np.inf
+  scores[0, 0] = -np.inf
+  for budget, first in ((0, 0), (3, 0), (3, 7), (9, 4)):
+    ids, counts = top_lists(jnp.asarray(scores), jnp.int32(budget), 7 if budget < 9 else 9, jnp.int32(first))
+    for at in np.ndindex(4, 5):
+      order = sorted(np.flatnonzero(scores[at] > -np.inf).tolist(), key=lambda i: (-scores[at][i], (i - first) % 9))
+      want = sorted(order[:budget])
+      assert int(counts[at]) == len(want) and ids[at].tolist() == want + [9] * (ids.shape[-1] - len(want))
+
+
 def test_transposed_lists():
   ids, counts = random_lists(np.random.default_rng(9), 2, 3, 5, 4, 2, 9)
   tiles, readers = (np.asarray(x) for x in jax.jit(transpose_lists, static_argnums=3)(ids, counts, 2, 9))
@@ -160,7 +174,7 @@ DIGITS = dict(h=64, n=4, tiles=6, blocks=84, kmax=21, prefix=12, valid=48)
 def test_lowers_for_cuda(shape, gradient):
   h, n, tiles, blocks, kmax, prefix, valid = shape.values()
   of = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
-  call = Call(h**-0.5, valid, None, config(h, valid))
+  call = Call(h**-0.5, valid, None, heuristic(h, valid))
   stack = () if gradient else (30,)
 
   def attend(q, k, v, prefix_k, ids, counts, prefix):
@@ -193,6 +207,14 @@ def test_unsupported_calls_say_why(h, dtype, scale, match):
   ids, counts = lists(11, [[[2]]], 0, 2)
   with pytest.raises(NotImplementedError, match=match):
     pbsa(*x, ids, counts, scale=scale, implementation="mosaic_sm90")
+
+
+def test_hopper_is_the_first_choice(monkeypatch):
+  monkeypatch.setattr(mosaic_sm90, "unsupported", lambda *_: None)
+  x = draw(10, (1, 128, 1, 64), *[(1, 128, 1, 64)] * 2)
+  ids, counts = lists(11, [[[2]]], 0, 2)
+  text = jax.jit(lambda *x: pbsa(*x, ids, counts)).trace(*x).lower(lowering_platforms=("cuda",)).as_text()
+  assert "@mosaic_gpu_v2" in text
 
 
 def test_no_hopper_falls_back():
