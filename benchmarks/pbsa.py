@@ -3,7 +3,7 @@
 python -m benchmarks.pbsa --out out/pbsa
 
 A timed run is a burst of equal calls (`pallas_kernels.pbsa.timing`), PyTorch's kernels in the very same way. Only routing,
-some short kernels, is looped inside one program, over layers, as in the model.
+some short kernels, is timed as one program of many layers, one after the other, as in the model.
 
 FLOPs are 4 x rows x keys read x H per head, keys that hold a token only; 2.5 times that backward. Bytes are q, k, v and
 out once, gradients likewise. "By slots" counts padding, too, as a kernel multiplies it. The backward pass of "cudnn"
@@ -200,24 +200,24 @@ def dense_group(shape: Shape, p: Problem, rows: int, keys: int) -> Group:
   return Group(passes, rows, keys, shape.batch * shape.heads * rows * keys)
 
 
-def routing_layers(shape: Shape, q, k, pooled, origin) -> tuple[Int32[Array, "L B N Q Kmax"], Int32[Array, "L B N Q"]]:
+def routing_layers(shape: Shape, layers: list[tuple]) -> list[tuple[Int32[Array, "B N Q Kmax"], Int32[Array, "B N Q"]]]:
   """Lists of every layer of a chunk, P being full: what a denoising pass does beside attention.
 
   Args:
-    q, k: the chunk's own, [L,B,T,N,H]. pooled: the memory's blocks, [L,B,R,A,N,H]. origin: where they came from, [L,B,N,R].
+    layers: of each, the chunk's own q and k [B,T,N,H], the memory's pooled keys [B,R,A,N,H], and its blocks' origins [B,N,R].
   """
   model, memory = shape.model, shape.memory
   chunk = jnp.int32(memory.window + memory.persistent)  # late enough
   own = memory.persistent + (chunk % memory.window) * model.layout.blocks
-
-  def layer(xs):
-    q, k, pooled, origin = xs
+  lists = []
+  for layer in layers:
+    # Each waits for the layer before, as in a model: nothing is shared between them.
+    (q, k, pooled, origin), *lists[-1:] = jax.lax.optimization_barrier((layer, *lists[-1:]))
     pooled_k = pool_keys(k, model.layout, memory.route_parts)
     pooled = jax.lax.dynamic_update_slice_in_dim(pooled, pooled_k, own, 1)
     m = KVMemory(*[None] * 2, pooled, None, origin, chunk, *[None] * 3)
-    return route(model, memory, m, pool_queries(q, model.layout, memory.route_parts))
-
-  return jax.lax.map(layer, (q, k, pooled, origin))
+    lists.append(route(model, memory, m, pool_queries(q, model.layout, memory.route_parts)))
+  return lists
 
 
 def routing_row(shape: Shape, runs: int) -> dict:
@@ -227,11 +227,14 @@ def routing_row(shape: Shape, runs: int) -> dict:
   blocks = resident - memory.persistent
   queries = shape.tiles * (1 if patches == 1 else 2 * patches)
   sizes = shape.q, shape.q, (shape.batch, resident, patches, shape.heads, shape.head_dim)
-  keys = jax.random.split(jax.random.key(0), 3)
-  x = [jax.random.normal(key, (ROUTED_LAYERS, *size), jnp.bfloat16) for key, size in zip(keys, sizes, strict=True)]
-  tile = jnp.where(jnp.arange(resident) % layout.blocks < layout.full_blocks, 0, -1)  # of what matters, all it says
-  x.append(jnp.broadcast_to(jnp.roll(tile, memory.persistent), (ROUTED_LAYERS, shape.batch, shape.heads, resident)))
-  call = functools.partial(jax.jit(functools.partial(routing_layers, shape)), *x)
+  full = jnp.arange(resident - memory.persistent) % layout.blocks < layout.full_blocks
+  origin = jnp.concatenate([jnp.zeros(memory.persistent, jnp.int32), jnp.where(full, 0, -1)])  # all that matters of it
+  origin = jnp.broadcast_to(origin, (shape.batch, shape.heads, resident))
+  layers = []
+  for key in jax.random.split(jax.random.key(0), ROUTED_LAYERS):
+    drawn = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(jax.random.split(key, 3), sizes, strict=True))
+    layers.append((*drawn, origin))
+  call = functools.partial(jax.jit(functools.partial(routing_layers, shape)), layers)
   per_head = shape.batch * shape.heads
   lists = per_head * shape.tiles * (memory.max_k(layout) + 1)
   moved = 2 * per_head * shape.head_dim * (2 * shape.rows + blocks * patches) + 4 * lists

@@ -52,30 +52,65 @@ def backward_q(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, dout, 
         parts.over_columns(plgpu.load(x.at[wg], layout=parts.BY_ROW), (ROWS, columns)) for x in (lse_s, delta_s)
       )
 
-      def step(i, acc):
-        slot = lax.rem(i, jnp.int32(stages))
+      at = lambda ring, i: ring.at[lax.rem(jnp.int32(i), jnp.int32(stages))]
+
+      def scores(i, then):
+        """then(s, dp), the products of step i's keys and values having started."""
 
         # One accumulator inside the other, not side by side: then neither is cleared, its first product overwrites it.
         def start_s(s):
-          plgpu.wgmma(s, q_s.at[wg], k_s.at[slot].T)
-          plgpu.barrier_wait(v_full.at[slot])
+          plgpu.wgmma(s, q_s.at[wg], at(k_s, i).T)
           return pl.run_scoped(lambda dp: start_dp(s, dp), score)
 
         def start_dp(s, dp):
-          plgpu.wgmma(dp, dout_s.at[wg], v_s.at[slot].T)
-          p = jnp.exp2(plgpu.wgmma_accumulator_load(s, wait_n=1) * (call.scale * LOG2E) - my_lse)
-          return p * (plgpu.wgmma_accumulator_load(dp) - my_delta)
+          plgpu.barrier_wait(at(v_full, i))
+          plgpu.wgmma(dp, dout_s.at[wg], at(v_s, i).T)
+          return then(s, dp)
 
-        plgpu.barrier_wait(k_full.at[slot])
         score = plgpu.ACC((ROWS, columns), jnp.float32)
-        ds = pl.run_scoped(start_s, score)
-        plgpu.barrier_arrive(v_free.at[slot])
-        ds = parts.hide(call, width, i, blocks, ds, 0.0)
-        (acc,) = parts.accumulate(call, (acc, lambda: ds.astype(q.dtype), k_s.at[slot]))
-        plgpu.barrier_arrive(k_free.at[slot])
+        return pl.run_scoped(start_s, score)
+
+      def gradient(i, s, dp, later):
+        """ds of step i; `later`: products that were started after its own."""
+        p = jnp.exp2(plgpu.wgmma_accumulator_load(s, wait_n=1 + later) * (call.scale * LOG2E) - my_lse)
+        ds = p * (plgpu.wgmma_accumulator_load(dp, wait_n=later) - my_delta)
+        plgpu.barrier_arrive(at(v_free, i))
+        return parts.hide(call, width, i, blocks, ds, 0.0)
+
+      def step(i, carry):
+        """The next step's products and this one's part of dq in one go; the next ds is made beside the latter."""
+        acc, ds = carry
+
+        def make_next(s, dp):
+          next_ds = lax.optimization_barrier(gradient(i + 1, s, dp, 1))
+          wait_for_keys(i + 2)  # a branch here, or ptxas moves the above behind the wait for dq
+          return [next_ds]
+
+        (acc,), (next_ds,) = parts.accumulate(
+          call,
+          (acc, lambda: ds, at(k_s, i)),
+          within=lambda body: scores(i + 1, body),
+          during=make_next,
+          results=[parts.filled((ROWS, columns), 0)],
+        )
+        plgpu.barrier_arrive(at(k_free, i))
+        return acc, next_ds.astype(q.dtype)  # rounded only now: until here the registers of the old ds were being read
+
+      def wait_for_keys(i):
+        pl.when(i < steps)(lambda: plgpu.barrier_wait(at(k_full, i)))
+
+      def read():
+        wait_for_keys(0)
+        ds = scores(0, lambda s, dp: gradient(0, s, dp, 0)).astype(q.dtype)
+        wait_for_keys(1)
+        acc, ds = lax.fori_loop(0, steps - 1, step, (nothing(), ds))
+        last = steps - 1
+        (acc,), _ = parts.accumulate(call, (acc, lambda: ds, at(k_s, last)))
+        plgpu.barrier_arrive(at(k_free, last))
         return acc
 
-      acc = lax.fori_loop(0, steps, step, parts.filled((ROWS, h), 0))
+      nothing = lambda: parts.filled((ROWS, h), 0)
+      acc = lax.cond(steps > 0, read, nothing)
       q_s[wg] = (acc * call.scale).astype(q.dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(q_s.at[wg], dq_ref.at[mine, head])
@@ -210,9 +245,10 @@ def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix
             plgpu.wgmma(dp, my_v, my_dout.T)
             p = jnp.exp2(plgpu.wgmma_accumulator_load(s, wait_n=1) * (call.scale * LOG2E) - over_rows(lse_s))
             ds = lambda: p * (plgpu.wgmma_accumulator_load(dp, wait_n=1) - over_rows(delta_s))  # while dv multiplies
-            return parts.accumulate(
+            sums, _ = parts.accumulate(
               call, (dv, lambda: p.astype(q.dtype), my_dout), (dk, lambda: ds().astype(q.dtype), my_q)
             )
+            return sums
 
           plgpu.barrier_wait(q_full.at[slot])
           dv, dk = pl.run_scoped(gradients, *[plgpu.ACC((BLOCK, ROWS), jnp.float32)] * 2)

@@ -52,49 +52,71 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
       plgpu.copy_gmem_to_smem(q_ref.at[mine, head], my_q, q_full.at[wg])
       plgpu.barrier_wait(q_full.at[wg])
 
-      def take_turns():
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
+      at = lambda ring, i: ring.at[lax.rem(jnp.int32(i), jnp.int32(stages))]
+
+      def scores(i, then):
+        """then(s), the product of step i's scores having started."""
+
+        def start(s):
+          plgpu.wgmma(s, my_q, at(k_s, i).T)
+          return then(s)
+
+        return pl.run_scoped(start, plgpu.ACC((ROWS, columns), jnp.float32))
 
       def wait_for_keys(i):
-        pl.when(i < steps)(lambda: plgpu.barrier_wait(k_full.at[lax.rem(i, jnp.int32(stages))]))
+        pl.when(i < steps)(lambda: plgpu.barrier_wait(at(k_full, i)))
 
-      def step(i, carry):
-        acc, m, l = carry
-        slot = lax.rem(i, jnp.int32(stages))
-
-        def multiply(s):
-          plgpu.wgmma(s, my_q, k_s.at[slot].T)
-          take_turns()
-          return s[...]
-
-        s = pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
-        plgpu.barrier_arrive(k_free.at[slot])
+      def softmax(i, s, m, l):
         s = parts.hide(call, width, i, blocks, s, -jnp.inf)
         new_m = jnp.maximum(m, s.max(1) * (call.scale * LOG2E))
         p = jnp.exp2(s * (call.scale * LOG2E) - parts.over_columns(new_m, s.shape))
         alpha = jnp.exp2(m - new_m)
-        acc *= parts.over_columns(alpha, acc.shape)
-        l = l * alpha + p.sum(1)
-        # The barrier keeps the softmax whole on this side of the turn.
-        acc, l, m, p = lax.optimization_barrier((acc, l, new_m, p.astype(q.dtype)))
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(v_full.at[slot])
-        plgpu.barrier_wait(turn)
-        (acc,) = parts.accumulate(call, (acc, lambda: p, v_s.at[slot]), during=lambda: wait_for_keys(i + 1))
-        plgpu.barrier_arrive(v_free.at[slot])
+        return p, new_m, l * alpha + p.sum(1), alpha
+
+      def step(i, carry):
+        """The next step's scores and this one's values are multiplied in one go; the next softmax runs beside the values."""
+        acc, p, m, l = carry
+
+        def next_softmax(s):
+          pl.when((wg == 0) | (i + 2 < steps))(lambda: plgpu.barrier_arrive(turn.at[1 - wg]))
+          s = plgpu.wgmma_accumulator_load(s, wait_n=1)
+          plgpu.barrier_arrive(at(k_free, i + 1))
+          found = lax.optimization_barrier(softmax(i + 1, s, m, l))
+          wait_for_keys(i + 2)  # a branch here, or ptxas moves the softmax behind the wait for the values
+          return found
+
+        plgpu.barrier_wait(at(v_full, i))
+        plgpu.barrier_wait(turn.at[wg])
+        (acc,), (p, m, l, alpha) = parts.accumulate(
+          call,
+          (acc, lambda: p, at(v_s, i)),
+          within=lambda body: scores(i + 1, body),
+          during=next_softmax,
+          results=(parts.filled((ROWS, columns), 0), m, l, m),
+        )
+        plgpu.barrier_arrive(at(v_free, i))
+        # Rounded only now: until here the registers of the old p were being read.
+        return acc * parts.over_columns(alpha, acc.shape), p.astype(q.dtype), m, l
+
+      def read():
+        wait_for_keys(0)
+        s = scores(0, lambda s: s[...])
+        plgpu.barrier_arrive(at(k_free, 0))
+        p, m, l, _ = softmax(0, s, *nothing()[1:])
+        wait_for_keys(1)
+        pl.when((wg == 1) & (steps > 1))(lambda: plgpu.barrier_arrive(turn.at[0]))
+        acc, p, m, l = lax.fori_loop(0, steps - 1, step, (nothing()[0], p.astype(q.dtype), m, l))
+        last = steps - 1
+        plgpu.barrier_wait(at(v_full, last))
+        (acc,), _ = parts.accumulate(call, (acc, lambda: p, at(v_s, last)))
+        plgpu.barrier_arrive(at(v_free, last))
         return acc, m, l
 
-      wait_for_keys(0)
-      pl.when(wg == 1)(take_turns)
-      start = (
-        parts.filled((ROWS, h), 0),
-        parts.filled((ROWS,), -jnp.inf, parts.BY_ROW),
-        parts.filled((ROWS,), 0, parts.BY_ROW),
-      )
-      acc, m, l = lax.fori_loop(0, steps, step, start)
-      pl.when(wg == 0)(take_turns)
+      def nothing():
+        vector = lambda value: parts.filled((ROWS,), value, parts.BY_ROW)
+        return parts.filled((ROWS, h), 0), vector(-jnp.inf), vector(0)
 
+      acc, m, l = lax.cond(steps > 0, read, nothing)
       lse_s[wg] = m / LOG2E + jnp.log(l)  # -inf where nothing was read
       acc *= parts.over_columns(1 / jnp.where(l > 0, l, 1), acc.shape)
       out = acc.astype(q.dtype)
@@ -123,7 +145,7 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
     barriers=(
       plgpu.Barrier(num_barriers=WARPGROUPS),
       *[parts.ring(stages, width)] * 2,
-      plgpu.Barrier(num_arrivals=WARPGROUPS),
+      plgpu.Barrier(num_barriers=WARPGROUPS),
     ),
   )(parts.flat(q), *rows_of_memory, ids, counts, prefix_blocks, layer)
   return out.reshape(q.shape), lse, (rest[0].reshape(q.shape) if remainder else None)

@@ -83,23 +83,39 @@ def over_columns(x, shape):
   return lax.broadcast_in_dim(x, shape, [0])
 
 
-def accumulate(call: Call, *terms, during=lambda: None):
+def accumulate(call: Call, *terms, within=lambda body: body(), during=None, results=()):
   """acc + a() @ b of each (acc, a, b): a() in registers, made when its turn comes, b in shared memory.
 
-  Calls `during()` once all products have started, then waits for all.
+  Args:
+    within: starts other products first, and passes what `during` needs to its argument.
+    during: called once all products have started; they are waited for at its end.
+    results: arrays like those that `during` returns.
+
+  Returns:
+    the sums, and what `during` returned.
   """
+  during = during or (lambda *_: ())
   if call.interpret:  # it knows neither register operands nor accumulators with a value
-    out = [acc + jnp.dot(a(), b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
-    plgpu.commit_smem()
-    during()
-    return out
 
-  def start(refs):
-    for ref, (_, a, b) in zip(refs, terms, strict=True):
-      plgpu.wgmma(ref, a(), b)
-    during()
+    def now(*started):
+      sums = [acc + jnp.dot(a(), b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
+      plgpu.commit_smem()
+      return sums, during(*started)
 
-  return pl.run_state(start)([plgpu.ACC.init(acc) for acc, _, _ in terms])
+    return within(now)
+
+  def start(refs):  # accumulators with a value before any product starts, or ptxas runs one after the other
+    sums, found = refs
+
+    def body(*started):
+      for ref, (_, a, b) in zip(sums, terms, strict=True):
+        plgpu.wgmma(ref, a(), b)
+      for ref, x in zip(found, during(*started), strict=True):
+        ref[...] = x
+
+    within(body)
+
+  return pl.run_state(start)(([plgpu.ACC.init(acc) for acc, _, _ in terms], list(results)))
 
 
 def ring(stages: int, copies: int):
