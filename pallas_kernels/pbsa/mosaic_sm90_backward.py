@@ -159,7 +159,7 @@ def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix
   b, t, n, h = q.shape
   stages = call.config.dkv_stages
   num = tiles.shape[2]
-  programs = -(-num * b * n // call.config.dkv_blocks)
+  programs = parts.programs(num * b * n, call.config.dkv_blocks)
   rows_of_memory, slots = parts.memory(k, v, prefix_k)
 
   def pbsa_dkv(*refs, smem, barriers):
@@ -243,14 +243,16 @@ def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix
             plgpu.wgmma(s, my_k, my_q.T)
             plgpu.barrier_wait(dout_full.at[slot])
             plgpu.wgmma(dp, my_v, my_dout.T)
-            p = jnp.exp2(plgpu.wgmma_accumulator_load(s, wait_n=1) * (call.scale * LOG2E) - over_rows(lse_s))
-            ds = lambda: p * (plgpu.wgmma_accumulator_load(dp, wait_n=1) - over_rows(delta_s))  # while dv multiplies
+            p = jnp.exp2(plgpu.wgmma_accumulator_load(s, wait_n=1) * (call.scale * LOG2E) - lse)
+            delta = over_rows(delta_s)
+            ds = lambda: p * (plgpu.wgmma_accumulator_load(dp, wait_n=1) - delta)  # while dv multiplies
             sums, _ = parts.accumulate(
               call, (dv, lambda: p.astype(q.dtype), my_dout), (dk, lambda: ds().astype(q.dtype), my_q)
             )
             return sums
 
           plgpu.barrier_wait(q_full.at[slot])
+          lse = over_rows(lse_s)  # early: a load from shared memory takes its time
           dv, dk = pl.run_scoped(gradients, *[plgpu.ACC((BLOCK, ROWS), jnp.float32)] * 2)
           plgpu.commit_smem()  # lse and delta were read here before the next copy replaces them
           plgpu.barrier_arrive(q_free.at[slot])

@@ -22,6 +22,7 @@ from pallas_kernels.pbsa.mosaic_sm90_config import Config, loaded
 
 WARPGROUPS = 2  # that compute
 ROWS = TILE // WARPGROUPS
+MULTIPROCESSORS = 132  # of an H100 or H200
 LOG2E = math.log2(math.e)
 BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -72,6 +73,11 @@ def launch(body, call: Call, out_type, grid: dict[str, int], **scratch):
     interpret=call.interpret,
     kernel_name=body.__name__,
   )
+
+
+def programs(items: int, in_turn: int) -> int:
+  """How many programs share some items, each taking up to `in_turn`, but none where a multiprocessor would get none."""
+  return -(-items // max(1, min(in_turn, items // MULTIPROCESSORS)))
 
 
 def filled(shape, value, layout=plgpu.Layout.WGMMA):

@@ -7,7 +7,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.pbsa import mosaic_sm90, pbsa, validate_lists
+from pallas_kernels.pbsa import mosaic_sm90, mosaic_sm90_parts, pbsa, validate_lists
 from pallas_kernels.pbsa.lists import top_lists, transpose_lists
 from pallas_kernels.pbsa.mosaic_sm90 import Call, pbsa_mosaic
 from pallas_kernels.pbsa.mosaic_sm90_config import Config, heuristic
@@ -15,7 +15,8 @@ from tests.pbsa.oracle import oracle, random_lists
 
 
 @pytest.fixture
-def interpret():
+def interpret(monkeypatch):
+  monkeypatch.setattr(mosaic_sm90_parts, "MULTIPROCESSORS", 1)  # so that programs take several tiles or blocks
   yield plgpu.InterpretGPUParams(detect_races=True)
   interpreter.reset_gpu_interpret_mode_state()
 
