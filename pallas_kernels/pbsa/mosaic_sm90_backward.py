@@ -159,7 +159,7 @@ def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix
   b, t, n, h = q.shape
   stages = call.config.dkv_stages
   num = tiles.shape[2]
-  programs = parts.programs(num * b * n, call.config.dkv_blocks)
+  in_turn = parts.in_turn(num * b * n, call.config.dkv_blocks)
   rows_of_memory, slots = parts.memory(k, v, prefix_k)
 
   def pbsa_dkv(*refs, smem, barriers):
@@ -167,18 +167,17 @@ def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix
     dout_ref, lse_ref, delta_ref, dk_ref, dv_ref = refs[7:]
     k_s, v_s, q_s, dout_s, lse_s, delta_s, part_s = smem
     (block_full, block_free), (q_full, q_free), (dout_full, dout_free), swap = barriers
-    program, wg = lax.axis_index("program"), lax.axis_index("wg")
-    turns = lax.div(num * b * n + (programs - 1) - program, jnp.int32(programs))
+    # A head's blocks vary fastest: programs that run beside each other share its queries.
+    batch, head, program, wg = (lax.axis_index(x) for x in ("batch", "head", "program", "wg"))
+    turns = jnp.minimum(num - program * in_turn, in_turn)
 
-    def work(turn):  # blocks vary slowest: all programs start with the prefix, which every tile reads
-      item = program + turn * programs
-      block, pair = lax.div(item, jnp.int32(b * n)), lax.rem(item, jnp.int32(b * n))
-      batch, head = lax.div(pair, jnp.int32(n)), lax.rem(pair, jnp.int32(n))
-      return block, batch, head, counts_ref[batch, head, block]
+    def work(turn):
+      block = program * in_turn + turn
+      return block, counts_ref[batch, head, block]
 
     @pl.when(wg == WARPGROUPS)
     def _():
-      def load_block(turn, batch, head, block):
+      def load_block(turn, block):
         at, slot = first + block, lax.rem(turn, jnp.int32(2))
 
         def copy(source, base, target):
@@ -193,7 +192,7 @@ def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix
           own()
         copy(v_ref, batch * slots[0], v_s)
 
-      def load_rows(batch, head, block, step, slot):
+      def load_rows(block, step, slot):
         tile = tiles_ref[batch, head, block, step]
         rows, scalars = pl.ds(parts.row(batch * t, tile * TILE), TILE), pl.ds(tile * TILE, TILE)
 
@@ -207,10 +206,10 @@ def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix
         )
 
       def take(turn, done):
-        block, batch, head, steps = work(turn)
+        block, steps = work(turn)
         pl.when(turn >= 2)(lambda: plgpu.barrier_wait(block_free.at[lax.rem(turn, jnp.int32(2))]))
-        load_block(turn, batch, head, block)
-        load = lambda step, slot: load_rows(batch, head, block, step - done, slot)
+        load_block(turn, block)
+        load = lambda step, slot: load_rows(block, step - done, slot)
         parts.produce(done, done + steps, stages, (q_free, dout_free), load)
         return done + steps
 
@@ -225,7 +224,7 @@ def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix
       half = pl.ds(wg * ROWS, ROWS)
 
       def take(turn, done):
-        block, batch, head, steps = work(turn)
+        block, steps = work(turn)
         mine = lax.rem(turn, jnp.int32(2))
         my_k, my_v = k_s.at[mine], v_s.at[mine]
         plgpu.barrier_wait(block_full.at[mine])
@@ -299,7 +298,7 @@ def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix
     pbsa_dkv,
     call,
     [rows, rows],
-    dict(program=programs),
+    dict(batch=b, head=n, program=-(-num // in_turn)),
     smem=(
       *[parts.tiled((2, BLOCK, h), q.dtype)] * 2,
       *[parts.tiled((stages, TILE, h), q.dtype)] * 2,

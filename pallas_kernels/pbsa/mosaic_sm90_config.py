@@ -19,13 +19,12 @@ SHARED_MEMORY = 232448  # bytes a program may use on Hopper
 class Config:
   """Tuning parameters.
 
-  *_stages: slots in a kernel's ring. *_width: key blocks per step where a kernel walks a tile's blocks. forward_tiles,
-  dkv_blocks: query tiles of the first kernel, key blocks of the last, that a program takes in turn.
+  *_stages: slots in a kernel's ring. *_width: key blocks per step where a kernel walks a tile's blocks. dkv_blocks: key
+  blocks that one program of the last kernel takes in turn.
   """
 
   forward_stages: int = 2
   forward_width: int = 2
-  forward_tiles: int = 4
   dq_stages: int = 4
   dq_width: int = 1
   dkv_stages: int = 2
@@ -33,7 +32,7 @@ class Config:
 
 
 KERNELS = {  # what is tried for each
-  "forward": {"forward_stages": (2, 3, 4, 6), "forward_width": (1, 2, 4), "forward_tiles": (1, 2, 4)},
+  "forward": {"forward_stages": (2, 3, 4, 6), "forward_width": (1, 2, 4)},
   "dq": {"dq_stages": (2, 3, 4, 6), "dq_width": (1, 2, 4)},
   "dkv": {"dkv_stages": (2, 3, 4), "dkv_blocks": (1, 2, 4)},
 }
@@ -53,7 +52,7 @@ def shared_memory(config: Config, head_dim: int, kv_valid: int) -> dict[str, int
     return 2 * stages * width * loaded(kv_valid, width) * row + 8 * 4 * stages
 
   return {
-    "forward": 2 * TILE * row + vector + walk(config.forward_stages, config.forward_width) + 8 * 4,
+    "forward": TILE * row + vector + walk(config.forward_stages, config.forward_width) + 8 * 2,
     "dq": 2 * TILE * row + 2 * vector + walk(config.dq_stages, config.dq_width) + 8 * 2,
     "dkv": 4 * BLOCK * row
     + 2 * config.dkv_stages * (TILE * row + vector)

@@ -1,7 +1,6 @@
-"""The forward kernel: online softmax in base 2 over a query tile's blocks; a program takes a few tiles in turn.
+"""The forward kernel: one program per query tile, online softmax in base 2 over the tile's blocks.
 
-Each warpgroup's softmax runs beside its own product with the values and beside the other warpgroup's products; the end of
-a tile hides the loading of the next.
+A warpgroup's softmax runs beside its own product with the values, and beside the other warpgroup's products.
 
 Letters: B batch, T query rows, S key slots, N heads, H head dim, Q query tiles, J slots loaded of a block, W blocks per
 step.
@@ -34,141 +33,114 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
   columns = width * call.loaded(width)
   layer = jnp.zeros_like(prefix_blocks) if layer is None else layer
   rows_of_memory, slots = parts.memory(k, v, prefix_k)
-  tiles = t // TILE
-  programs = parts.programs(b * n * tiles, call.config.forward_tiles)
 
   def pbsa_forward(*refs, smem, barriers):
     q_ref, *memory = refs[:8]
     out_ref, lse_ref, *rest_ref = refs[8:]
     q_s, k_s, v_s, lse_s = smem
-    (q_full, q_free), (k_full, k_free), (v_full, v_free) = barriers
-    program, wg = lax.axis_index("program"), lax.axis_index("wg")
-    turns = lax.div(b * n * tiles + (programs - 1) - program, jnp.int32(programs))
+    q_full, (k_full, k_free), (v_full, v_free) = barriers
+    where = batch, head, tile = tuple(lax.axis_index(x) for x in ("batch", "head", "tile"))
+    wg = lax.axis_index("wg")
+    blocks, steps, load = parts.walk(call, width, where, slots, memory, k_s, v_s, k_full, v_full)
 
-    def work(turn):  # tiles of a head vary fastest: those that run beside each other share its keys
-      item = program + turn * programs
-      pair, tile = lax.div(item, jnp.int32(tiles)), lax.rem(item, jnp.int32(tiles))
-      where = batch, head, tile = lax.div(pair, jnp.int32(n)), lax.rem(pair, jnp.int32(n)), tile
-      rows = lambda wg: pl.ds(parts.row(batch * t, tile * TILE, wg * ROWS), ROWS)
-      return where, rows, parts.walk(call, width, where, slots, memory, k_s, v_s, k_full, v_full)
-
-    @pl.when(wg == WARPGROUPS)
-    def _():
-      def take(turn, done):
-        (_, head, _), rows, (_, steps, load) = work(turn)
-        slot = lax.rem(turn, jnp.int32(2))
-        pl.when(turn >= 2)(lambda: plgpu.barrier_wait(q_free.at[slot]))
-        for half in range(WARPGROUPS):
-          plgpu.copy_gmem_to_smem(q_ref.at[rows(half), head], q_s.at[slot, half], q_full.at[slot])
-        parts.produce(done, done + steps, stages, (k_free, v_free), lambda step, slot: load(step - done, slot))
-        return done + steps
-
-      plgpu.set_max_registers(24, action="decrease")
-      done = lax.fori_loop(0, turns, take, jnp.int32(0))
-      parts.drain(done, stages, (k_free, v_free))
-      parts.drain(turns, 2, (q_free,))
+    pl.when(wg == WARPGROUPS)(lambda: parts.fetch(steps, stages, (k_free, v_free), load))
 
     @pl.when(wg < WARPGROUPS)
     def _():
       plgpu.set_max_registers(240, action="increase")
+      mine, my_q = pl.ds(parts.row(batch * t, tile * TILE, wg * ROWS), ROWS), q_s.at[wg]
+      plgpu.copy_gmem_to_smem(q_ref.at[mine, head], my_q, q_full.at[wg])
+      plgpu.barrier_wait(q_full.at[wg])
+
       at = lambda ring, i: ring.at[lax.rem(jnp.int32(i), jnp.int32(stages))]
-      vector = lambda value: parts.filled((ROWS,), value, parts.BY_ROW)
 
-      def take(turn, done):
-        (batch, head, tile), rows, (blocks, steps, _) = work(turn)
-        mine = lax.rem(turn, jnp.int32(2))
-        my_q = q_s.at[mine, wg]
-        plgpu.barrier_wait(q_full.at[mine])
+      def scores(i, then):
+        """then(s), the product of step i's scores having started."""
 
-        def scores(i, then):
-          """then(s), the product of step i's scores having started."""
+        def start(s):
+          plgpu.wgmma(s, my_q, at(k_s, i).T)
+          return then(s)
 
-          def start(s):
-            plgpu.wgmma(s, my_q, at(k_s, done + i).T)
-            return then(s)
+        return pl.run_scoped(start, plgpu.ACC((ROWS, columns), jnp.float32))
 
-          return pl.run_scoped(start, plgpu.ACC((ROWS, columns), jnp.float32))
+      def wait_for_keys(i):
+        pl.when(i < steps)(lambda: plgpu.barrier_wait(at(k_full, i)))
 
-        def wait_for_keys(i):
-          pl.when(i < steps)(lambda: plgpu.barrier_wait(at(k_full, done + i)))
+      def softmax(i, s, m, l):
+        s = parts.hide(call, width, i, blocks, s, -jnp.inf)
+        new_m = jnp.maximum(m, s.max(1) * (call.scale * LOG2E))
+        p = jnp.exp2(s * (call.scale * LOG2E) - parts.over_columns(new_m, s.shape))
+        alpha = jnp.exp2(m - new_m)
+        return p, new_m, l * alpha + p.sum(1), alpha
 
-        def softmax(i, s, m, l):
-          s = parts.hide(call, width, i, blocks, s, -jnp.inf)
-          new_m = jnp.maximum(m, s.max(1) * (call.scale * LOG2E))
-          p = jnp.exp2(s * (call.scale * LOG2E) - parts.over_columns(new_m, s.shape))
-          alpha = jnp.exp2(m - new_m)
-          return p, new_m, l * alpha + p.sum(1), alpha
+      def step(i, carry):
+        """The next step's scores and this one's values are multiplied in one go; the next softmax runs beside the values."""
+        acc, p, m, l = carry
 
-        def step(i, carry):
-          """The next step's scores and this one's values are multiplied in one go; the next softmax runs beside the values."""
-          acc, p, m, l = carry
+        def next_softmax(s):
+          s = plgpu.wgmma_accumulator_load(s, wait_n=1)
+          plgpu.barrier_arrive(at(k_free, i + 1))
+          found = lax.optimization_barrier(softmax(i + 1, s, m, l))
+          wait_for_keys(i + 2)  # a branch here, or ptxas moves the softmax behind the wait for the values
+          return found
 
-          def next_softmax(s):
-            s = plgpu.wgmma_accumulator_load(s, wait_n=1)
-            plgpu.barrier_arrive(at(k_free, done + i + 1))
-            found = lax.optimization_barrier(softmax(i + 1, s, m, l))
-            wait_for_keys(i + 2)  # a branch here, or ptxas moves the softmax behind the wait for the values
-            return found
+        plgpu.barrier_wait(at(v_full, i))
+        (acc,), (p, m, l, alpha) = parts.accumulate(
+          call,
+          (acc, lambda: p, at(v_s, i)),
+          within=lambda body: scores(i + 1, body),
+          during=next_softmax,
+          results=(parts.filled((ROWS, columns), 0), m, l, m),
+        )
+        plgpu.barrier_arrive(at(v_free, i))
+        # Rounded only now: until here the registers of the old p were being read.
+        return acc * parts.over_columns(alpha, acc.shape), p.astype(q.dtype), m, l
 
-          plgpu.barrier_wait(at(v_full, done + i))
-          (acc,), (p, m, l, alpha) = parts.accumulate(
-            call,
-            (acc, lambda: p, at(v_s, done + i)),
-            within=lambda body: scores(i + 1, body),
-            during=next_softmax,
-            results=(parts.filled((ROWS, columns), 0), m, l, m),
-          )
-          plgpu.barrier_arrive(at(v_free, done + i))
-          # Rounded only now: until here the registers of the old p were being read.
-          return acc * parts.over_columns(alpha, acc.shape), p.astype(q.dtype), m, l
+      def read():
+        wait_for_keys(0)
+        s = scores(0, lambda s: s[...])
+        plgpu.barrier_arrive(at(k_free, 0))
+        p, m, l, _ = softmax(0, s, *nothing()[1:])
+        wait_for_keys(1)
+        acc, p, m, l = lax.fori_loop(0, steps - 1, step, (nothing()[0], p.astype(q.dtype), m, l))
+        last = steps - 1
+        plgpu.barrier_wait(at(v_full, last))
+        (acc,), _ = parts.accumulate(call, (acc, lambda: p, at(v_s, last)))
+        plgpu.barrier_arrive(at(v_free, last))
+        return acc, m, l
 
-        def read():
-          wait_for_keys(0)
-          s = scores(0, lambda s: s[...])
-          plgpu.barrier_arrive(at(k_free, done))
-          p, m, l, _ = softmax(0, s, vector(-jnp.inf), vector(0))
-          wait_for_keys(1)
-          start = parts.filled((ROWS, h), 0), p.astype(q.dtype), m, l
-          acc, p, m, l = lax.fori_loop(0, steps - 1, step, start)
-          last = done + steps - 1
-          plgpu.barrier_wait(at(v_full, last))
-          (acc,), _ = parts.accumulate(call, (acc, lambda: p, at(v_s, last)))
-          plgpu.barrier_arrive(at(v_free, last))
-          return acc, m, l
+      def nothing():
+        vector = lambda value: parts.filled((ROWS,), value, parts.BY_ROW)
+        return parts.filled((ROWS, h), 0), vector(-jnp.inf), vector(0)
 
-        nothing = lambda: (parts.filled((ROWS, h), 0), vector(-jnp.inf), vector(0))
-        acc, m, l = lax.cond(steps > 0, read, nothing)
-        acc *= parts.over_columns(1 / jnp.where(l > 0, l, 1), acc.shape)
-        out = acc.astype(q.dtype)
-        lse_s[wg] = m / LOG2E + jnp.log(l)  # -inf where nothing was read
-        my_q[...] = out
+      acc, m, l = lax.cond(steps > 0, read, nothing)
+      lse_s[wg] = m / LOG2E + jnp.log(l)  # -inf where nothing was read
+      acc *= parts.over_columns(1 / jnp.where(l > 0, l, 1), acc.shape)
+      out = acc.astype(q.dtype)
+      my_q[...] = out
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[batch, head, pl.ds(tile * TILE + wg * ROWS, ROWS)])
+      plgpu.copy_smem_to_gmem(my_q, out_ref.at[mine, head])
+      plgpu.wait_smem_to_gmem(0)
+      if rest_ref:
+        my_q[...] = (acc - out.astype(jnp.float32)).astype(q.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[batch, head, pl.ds(tile * TILE + wg * ROWS, ROWS)])
-        plgpu.copy_smem_to_gmem(my_q, out_ref.at[rows(wg), head])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if rest_ref:
-          my_q[...] = (acc - out.astype(jnp.float32)).astype(q.dtype)
-          plgpu.commit_smem()
-          plgpu.copy_smem_to_gmem(my_q, rest_ref[0].at[rows(wg), head])
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(q_free.at[mine])
-        return done + steps
-
-      lax.fori_loop(0, turns, take, jnp.int32(0))
+        plgpu.copy_smem_to_gmem(my_q, rest_ref[0].at[mine, head])
+        plgpu.wait_smem_to_gmem(0)
 
   rows = jax.ShapeDtypeStruct((b * t, n, h), q.dtype)
   out, lse, *rest = parts.launch(
     pbsa_forward,
     call,
     [rows, jax.ShapeDtypeStruct((b, n, t), jnp.float32), *[rows] * remainder],
-    dict(program=programs),
+    dict(batch=b, head=n, tile=t // TILE),
     smem=(
-      parts.tiled((2, WARPGROUPS, ROWS, h), q.dtype),
+      parts.tiled((WARPGROUPS, ROWS, h), q.dtype),
       *[parts.tiled((stages, columns, h), q.dtype)] * 2,
       plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
     ),
     barriers=(
-      parts.ring(2, WARPGROUPS),
+      plgpu.Barrier(num_barriers=WARPGROUPS),
       *[parts.ring(stages, width)] * 2,
     ),
   )(parts.flat(q), *rows_of_memory, ids, counts, prefix_blocks, layer)

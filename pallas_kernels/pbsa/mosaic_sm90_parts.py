@@ -75,9 +75,9 @@ def launch(body, call: Call, out_type, grid: dict[str, int], **scratch):
   )
 
 
-def programs(items: int, in_turn: int) -> int:
-  """How many programs share some items, each taking up to `in_turn`, but none where a multiprocessor would get none."""
-  return -(-items // max(1, min(in_turn, items // MULTIPROCESSORS)))
+def in_turn(items: int, most: int) -> int:
+  """How many items a program takes one after the other: at most so many, and fewer before a multiprocessor gets none."""
+  return max(1, min(most, items // MULTIPROCESSORS))
 
 
 def filled(shape, value, layout=plgpu.Layout.WGMMA):

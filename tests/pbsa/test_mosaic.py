@@ -16,7 +16,7 @@ from tests.pbsa.oracle import oracle, random_lists
 
 @pytest.fixture
 def interpret(monkeypatch):
-  monkeypatch.setattr(mosaic_sm90_parts, "MULTIPROCESSORS", 1)  # so that programs take several tiles or blocks
+  monkeypatch.setattr(mosaic_sm90_parts, "MULTIPROCESSORS", 1)  # so that programs take several blocks
   yield plgpu.InterpretGPUParams(detect_races=True)
   interpreter.reset_gpu_interpret_mode_state()
 
