@@ -112,7 +112,7 @@ def run_record(config: dict, **measured) -> dict:
   """Config, versions, device and what was measured."""
   device = jax.devices()[0]
   return {
-    "command": sys.argv,
+    "command": [os.path.relpath(sys.argv[0]), *sys.argv[1:]],
     "config": config,
     "versions": {
       "sfjax": _version(),
