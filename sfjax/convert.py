@@ -1,26 +1,30 @@
 """Weights of others in, ours out, and back: python -m sfjax.convert SRC DST
 
-SRC is a file or folder of Wan2.1's own, of diffusers' or of Self-Forcing's weights, or a Hugging Face id (owner/name); it is
-recognised by the names of its tensors. DST becomes a model folder: config.json, and an Orbax checkpoint of each part.
+SRC is a file or folder of Wan2.1's own, of diffusers' or of Self-Forcing's weights, or a Hugging Face id (owner/name); the DiT,
+the VAE and the text encoder are recognised by the names of their tensors. DST becomes a model folder: an Orbax checkpoint and a
+config of each part, and the tokenizer; parts may come one after the other.
 Tensors pass one at a time, so that the 14B model needs a few GB of memory. `--to safetensors` writes the official names.
 """
 
 import json
 import pathlib
 import re
+import shutil
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from sfjax import streamed, wan_keys
+from sfjax import keys, streamed, umt5_keys, wan_keys, wan_vae_keys
 from sfjax.config import Config, to_dataclass, to_dict
 from sfjax.errors import Parser, UserError, command
 from sfjax.model import ModelConfig
 from sfjax.runlog import write_json_atomic
 from sfjax.tensors import Stored, open_tensors
+from sfjax.umt5 import UMT5Config
 from sfjax.wan import wan_config
+from sfjax.wan_vae import WanVAEConfig
 
 GROUPS = ("generator_ema", "generator", "model")  # of a Self-Forcing file, the first that is there
 SHARD = 2 << 30  # bytes of a safetensors file
@@ -43,17 +47,6 @@ def choose_group(tensors: dict[str, Stored], group: str | None, source: str) -> 
   return {name.split("/", 1)[1]: x for name, x in tensors.items() if name.startswith(chosen + "/")}
 
 
-def official_names(tensors: dict[str, Stored], source: str) -> dict[str, Stored]:
-  """The same tensors by official name. Raises UserError where two have the same one."""
-  found = {}
-  for name, x in tensors.items():
-    official = wan_keys.official_name(name)
-    if official in found:
-      raise UserError(f"{source}: two tensors for {official}")
-    found[official] = x
-  return found
-
-
 def infer_model(tensors: dict[str, Stored], source: str, heads: int | None = None) -> ModelConfig:
   """The sizes that a DiT's tensors tell; heads are of 128 unless given.
 
@@ -67,7 +60,7 @@ def infer_model(tensors: dict[str, Stored], source: str, heads: int | None = Non
     dim, channels = tensors["patch_embedding.weight"].shape[:2]
     ffn_dim = tensors["blocks.0.ffn.0.weight"].shape[0]
     freq_dim, text_dim = (tensors[f"{name}_embedding.0.weight"].shape[1] for name in ("time", "text"))
-    layers = 1 + max(int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name)))
+    layers = _layers(tensors)
   except (KeyError, ValueError) as e:
     raise UserError(f"{source}: no Wan2.1 DiT; no {e.args[0]}") from e
   if channels != 16:
@@ -77,29 +70,63 @@ def infer_model(tensors: dict[str, Stored], source: str, heads: int | None = Non
   return ModelConfig.wan_1_3b(**sizes, heads=heads or dim // 128)
 
 
-def dit_arrays(cfg: ModelConfig, tensors: dict[str, Stored], source: str, dtype=None) -> dict:
-  """Our DiT's arrays as a nested dict of `Streamed`, made of official tensors; dtype None keeps theirs.
+def infer_text(tensors: dict[str, Stored], source: str) -> UMT5Config:
+  """The sizes that a UMT5 encoder's tensors tell, by official name."""
+  try:
+    vocab, dim = tensors["token_embedding.weight"].shape
+    buckets, heads = tensors["blocks.0.pos_embedding.embedding.weight"].shape
+    width, ffn_dim = (tensors[f"blocks.0.{name}.weight"].shape[0] for name in ("attn.q", "ffn.fc1"))
+  except (KeyError, ValueError) as e:
+    raise UserError(f"{source}: no UMT5 encoder; no {e.args[0]}") from e
+  layers = _layers(tensors)
+  return UMT5Config(vocab, dim, heads, width // heads, ffn_dim, layers, buckets)
+
+
+def _layers(tensors) -> int:
+  return 1 + max(int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name)))
+
+
+def convert(source: pathlib.Path, target: pathlib.Path, group: str | None, dtype) -> str:
+  """Writes one file or folder of weights, whatever part of Wan2.1 it is, into a model folder; says what it was.
 
   Raises:
-    UserError: see `wan_keys.matched`; also where the layers of an array differ in dtype.
+    UserError: no weights of a known part; or see `choose_group`, `keys.check`.
   """
-  tree: dict = {}
-  for name, parts in wan_keys.matched(cfg, tensors, source).items():
-    rule = wan_keys.rules(cfg)[name]
-    kinds = sorted({str(p.dtype) for p in parts})
-    if len(kinds) > 1:
-      raise UserError(f"{source}: {rule.official} has dtypes {', '.join(kinds)}")
-    shape = rule.load(np.empty(rule.shape, np.int8)).shape
-    kind = np.dtype(dtype or parts[0].dtype)
-    make = lambda parts=parts, rule=rule, kind=kind: (rule.load(p.read()).astype(kind, copy=False) for p in parts)
-    whole = "{}" not in rule.official
-    array = streamed.Streamed(shape if whole else (len(parts), *shape), kind, make, whole)
-    *where, last = name.split("/")
-    node = tree
-    for step in where:
-      node = node.setdefault(step, {})
-    node[last] = array
-  return tree
+  tensors, name = choose_group(open_tensors(source), group, str(source)), str(source)
+  if any(n.startswith(("token_embedding.", "shared.", "encoder.embed_tokens.")) for n in tensors):
+    return _convert_text(tensors, target, name, dtype)
+  if any(n.startswith(("decoder.conv1.", "decoder.conv_in.")) for n in tensors):
+    return _convert_vae(tensors, target, name, dtype)
+  tensors = keys.renamed(tensors, wan_keys.official_name, name)
+  model = infer_model(tensors, name, _heads(source))
+  streamed.save(target / "dit", wan_keys.arrays(model, tensors, name, dtype))
+  write_json_atomic(target / "config.json", to_dict(wan_config(model)))
+  return f"{len(tensors)} tensors of a DiT, {model.layers} layers of width {model.dim}"
+
+
+def _convert_text(tensors, target, name, dtype) -> str:
+  if "token_embedding.weight" not in tensors:
+    tensors = umt5_keys.official_from_transformers(tensors, name)
+  config = infer_text(tensors, name)
+  streamed.save(target / "text", umt5_keys.arrays(config, tensors, name, dtype))
+  write_json_atomic(target / "text.json", to_dict(config))
+  return f"{len(tensors)} tensors of a UMT5 encoder, {config.layers} layers of width {config.dim}"
+
+
+def _convert_vae(tensors, target, name, dtype) -> str:
+  config = WanVAEConfig(dim=next(x.shape[0] for n, x in tensors.items() if re.match(r"encoder\.conv(1|_in)\.bias", n)))
+  streamed.save(target / "vae", wan_vae_keys.arrays(config, tensors, name, dtype))
+  write_json_atomic(target / "vae.json", to_dict(config))
+  return f"{len(tensors)} tensors of a VAE, {config.dim} channels at full resolution"
+
+
+def parts(source: pathlib.Path) -> list[pathlib.Path]:
+  """The files and folders of weights that a file, an official folder or one of diffusers' pipelines holds."""
+  if not source.is_dir():
+    return [source]
+  folders = [f for f in (source, *(source / n for n in ("transformer", "vae", "text_encoder"))) if f.is_dir()]
+  found = [f for f in folders if any(f.glob("*.safetensors"))]
+  return found + sorted(f for f in source.iterdir() if f.suffix in (".pt", ".pth"))
 
 
 def write_official(folder: pathlib.Path, out: pathlib.Path) -> int:
@@ -110,7 +137,7 @@ def write_official(folder: pathlib.Path, out: pathlib.Path) -> int:
   """
   cfg = to_dataclass(Config, _read_config(folder), "config").model
   arrays, table = streamed.pieces(folder / "dit"), wan_keys.rules(cfg)
-  wan_keys.refuse(str(folder), "lacks", [n for n in table if n not in arrays])
+  keys.refuse(str(folder), "lacks", [n for n in table if n not in arrays])
   out.mkdir(parents=True, exist_ok=True)
   shard, size, files, where = {}, 0, [], {}
 
@@ -183,14 +210,15 @@ def main(argv: list[str]) -> None:
   if a.to == "safetensors":
     print(f"{a.target}: {write_official(source, a.target)} tensors")
     return
-  if (source / "transformer").is_dir():  # diffusers' folder of a whole pipeline
-    source = source / "transformer"
-  tensors = official_names(choose_group(open_tensors(source), a.weights, str(source)), str(source))
-  model = infer_model(tensors, str(source), _heads(source))
-  arrays = dit_arrays(model, tensors, str(source), None if a.dtype == "keep" else jnp.dtype(a.dtype))
-  streamed.save(a.target / "dit", arrays)
-  write_json_atomic(a.target / "config.json", to_dict(wan_config(model)))
-  print(f"{a.target}: {len(tensors)} tensors, {model.layers} layers of width {model.dim}")
+  found = parts(source)
+  if not found:
+    raise UserError(f"{source}: holds no .safetensors, .pt or .pth file")
+  for part in found:
+    print(f"{part}: {convert(part, a.target, a.weights, None if a.dtype == 'keep' else jnp.dtype(a.dtype))}")
+  for file in (source / "tokenizer" / "tokenizer.json", source / "google" / "umt5-xxl" / "tokenizer.json"):
+    if file.is_file():
+      shutil.copyfile(file, a.target / "tokenizer.json")
+      print(f"{file}: copied")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ class Stored:
   read: Callable[[], np.ndarray]
 
 
+def of_arrays(arrays: dict[str, np.ndarray]) -> dict[str, Stored]:
+  """Arrays in memory as if they were in a file."""
+  return {name: Stored(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}
+
+
 def open_tensors(path) -> dict[str, Stored]:
   """What a weight file, or a folder of safetensors files, holds, by name.
 

@@ -4,10 +4,12 @@ One line of `WEIGHTS` declares one weight. Torch keeps a Linear as [out, in], an
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 import numpy as np
 
+from sfjax import keys
 from sfjax.errors import UserError
 from sfjax.umt5 import UMT5Config
 
@@ -65,72 +67,52 @@ WEIGHTS = (
 _TWIN = "encoder.embed_tokens.weight"  # transformers' second name of shared.weight
 
 
-def shapes(cfg: UMT5Config, names: str = "official") -> dict[str, tuple[int, ...]]:
-  """Every key of a checkpoint with torch's shape, in the order of `WEIGHTS`; `names` is "official" or "transformers"."""
+def shapes(cfg: UMT5Config) -> dict[str, tuple[int, ...]]:
+  """Every official name with torch's shape, in the order of `WEIGHTS`."""
   sizes = dict(V=cfg.vocab, D=cfg.dim, A=cfg.heads * cfg.head_dim, F=cfg.ffn_dim, R=cfg.buckets, N=cfg.heads)
   return {
-    getattr(weight, names).format(i): tuple(sizes[letter] for letter in weight.shape)
+    weight.official.format(i): tuple(sizes[letter] for letter in weight.shape)
     for weight in WEIGHTS
     for i in (range(cfg.layers) if weight.stacked else [0])
   }
 
 
-def _check(arrays: Mapping, want: dict[str, tuple[int, ...]], source: str) -> None:
-  """Raises UserError unless `arrays` holds exactly the keys and shapes wanted."""
-  wrong = [name for name in want if name in arrays and tuple(arrays[name].shape) != want[name]]
-  found = (
-    ("missing", [name for name in want if name not in arrays]),
-    ("unexpected", [name for name in arrays if name not in want]),
-    ("wrongly shaped", [f"{name} {list(arrays[name].shape)} for {list(want[name])}" for name in wrong]),
-  )
-  problems = [
-    f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for what, names in found if names
-  ]
-  if problems:
-    raise UserError(f"{source}: not the weights of this UMT5 encoder; {'; '.join(problems)}")
-
-
-def from_official(cfg: UMT5Config, arrays: Mapping[str, np.ndarray], source: str = "UMT5 weights") -> dict:
-  """Parameters (a pure dict of NumPy arrays in cfg.param_dtype) from arrays under Wan's names.
-
-  Args:
-    arrays: exactly the official keys; tensors still in their file are read one at a time. source: what an error names.
+def arrays(cfg: UMT5Config, tensors: Mapping, source: str, dtype=None) -> dict:
+  """The parameters as a nested dict of `Streamed`, made of tensors under Wan's names; dtype None keeps theirs.
 
   Raises:
-    UserError: a key is missing, unexpected or wrongly shaped.
+    UserError: see `keys.check`, `keys.stream`.
   """
-  _check(arrays, shapes(cfg), source)
-  params: dict = {}
+  keys.check(shapes(cfg), tensors, source)
+  found = {}
   for weight in WEIGHTS:
-    count = cfg.layers if weight.stacked else 1
-    for i in range(count):  # one at a time into place: a stack of layers is gigabytes
-      x = weight.load(arrays[weight.official.format(i)])
-      if i == 0:
-        stack = np.empty((count, *x.shape), np.dtype(cfg.param_dtype))
-      stack[i] = x
-    node = params
-    for name in weight.param[:-1]:
-      node = node.setdefault(name, {})
-    node[weight.param[-1]] = stack if weight.stacked else stack[0]
-  return params
+    parts = [tensors[weight.official.format(i)] for i in range(cfg.layers if weight.stacked else 1)]
+    found["/".join(weight.param)] = keys.stream(
+      parts, weight.load, weight.stacked, dtype, f"{source}: {weight.official}"
+    )
+  return keys.nested(found)
 
 
-def official_from_transformers(
-  cfg: UMT5Config, arrays: Mapping[str, np.ndarray], source: str = "UMT5 weights"
-) -> dict[str, np.ndarray]:
-  """The same arrays under Wan's names, from transformers' UMT5EncoderModel.
+def official_from_transformers(tensors: Mapping, source: str) -> dict:
+  """The same tensors under Wan's names, from transformers' UMT5EncoderModel; names that it has not stay as they are.
 
   The embedding may be under `shared.weight`, under `encoder.embed_tokens.weight`, or equal under both.
 
   Raises:
-    UserError: a key is missing, unexpected or wrongly shaped, or the two embeddings differ.
+    UserError: the two embeddings differ.
   """
-  arrays = dict(arrays)
-  if _TWIN in arrays:
-    twin = arrays.pop(_TWIN)
-    kept = arrays.setdefault("shared.weight", twin)
+  tensors = dict(tensors)
+  if _TWIN in tensors:
+    twin = tensors.pop(_TWIN)
+    kept = tensors.setdefault("shared.weight", twin)
     embedding = WEIGHTS[0]
     if kept is not twin and not np.array_equal(embedding.load(kept), embedding.load(twin)):
       raise UserError(f"{source}: shared.weight and {_TWIN} differ; this encoder has one embedding")
-  _check(arrays, shapes(cfg, "transformers"), source)
-  return dict(zip(shapes(cfg), (arrays[name] for name in shapes(cfg, "transformers")), strict=True))
+  known = {weight.transformers: weight.official for weight in WEIGHTS}
+
+  def official(name: str) -> str:
+    pattern = re.sub(r"block\.\d+", "block.{}", name)
+    layer = re.search(r"block\.(\d+)", name)
+    return known[pattern].format(layer and layer[1]) if pattern in known else name
+
+  return {official(name): x for name, x in tensors.items()}

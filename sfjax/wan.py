@@ -5,11 +5,13 @@ import pathlib
 
 import jax
 
-from sfjax import rollout, streamed
+from sfjax import rollout, streamed, wan_vae_keys
 from sfjax.config import Config, DataConfig, Stage, TrainConfig
 from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
+from sfjax.umt5 import UMT5Config, abstract_umt5
+from sfjax.wan_vae import WanVAEConfig
 
 MEMORY = {
   "sparse": MemoryConfig(window=3, persistent=60, top_k=0.25, rope_cap=21),
@@ -56,3 +58,14 @@ def load_dit(folder, model: ModelConfig, shardings=None) -> dict:
   if shardings is not None:
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
   return streamed.restore(pathlib.Path(folder) / "dit", like)
+
+
+def load_vae(folder, config: WanVAEConfig) -> dict:
+  """The VAE's weights of a converted folder. Raises UserError: absent, damaged or of another config."""
+  nested = streamed.restore(pathlib.Path(folder) / "vae", wan_vae_keys.abstract(config))
+  return wan_vae_keys.parameters(config, nested)
+
+
+def load_text(folder, config: UMT5Config) -> dict:
+  """The text encoder's weights of a converted folder. Raises UserError: absent, damaged or of another config."""
+  return streamed.restore(pathlib.Path(folder) / "text", abstract_umt5(config))

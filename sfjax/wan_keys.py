@@ -5,12 +5,12 @@ Two conventions: the official one (also Self-Forcing's, behind prefixes) and dif
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from sfjax.errors import UserError
+from sfjax import keys
 from sfjax.model import ModelConfig, init_dit
 from sfjax.tensors import Stored
 
@@ -62,8 +62,12 @@ class Rule:
   load: Callable[[np.ndarray], np.ndarray]
   save: Callable[[np.ndarray], np.ndarray]
 
+  @property
+  def stacked(self) -> bool:
+    return "{}" in self.official
+
   def names(self, layers: int) -> list[str]:
-    return [self.official.format(i) for i in range(layers)] if "{}" in self.official else [self.official]
+    return [self.official.format(i) for i in range(layers)] if self.stacked else [self.official]
 
 
 def rules(cfg: ModelConfig) -> dict[str, Rule]:
@@ -104,27 +108,22 @@ def official_name(name: str) -> str:
   return name
 
 
-def matched(cfg: ModelConfig, tensors: dict[str, Stored], source: str) -> dict[str, list[Stored]]:
-  """By our array's path, the tensors it is made of, layer by layer; every tensor is used exactly once.
+def arrays(cfg: ModelConfig, tensors: dict[str, Stored], source: str, dtype=None) -> dict:
+  """Our DiT's arrays as a nested dict of `Streamed`, made of official tensors; dtype None keeps theirs.
 
   Args:
     tensors: by official name. source: named in errors.
 
   Raises:
-    UserError: missing, unexpected or wrongly shaped tensors: the first few and how many.
+    UserError: see `keys.check`, `keys.stream`.
   """
   table = rules(cfg)
-  want = {name: rule.shape for rule in table.values() for name in rule.names(cfg.layers)}
-  refuse(source, "lacks", [n for n in want if n not in tensors])
-  refuse(source, "holds unexpected", [n for n in tensors if n not in want])
-  shapes = [f"{n} {list(tensors[n].shape)} (want {list(s)})" for n, s in want.items() if tensors[n].shape != s]
-  refuse(source, "holds wrongly shaped", shapes)
-  return {ours: [tensors[n] for n in rule.names(cfg.layers)] for ours, rule in table.items()}
-
-
-def refuse(source: str, what: str, names: Iterable[str]) -> None:
-  """Raises UserError that lists the first few names and their count, if there are any."""
-  names = list(names)
-  if names:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    raise UserError(f"{source} {what} {len(names)} tensor{'s' * (len(names) > 1)}: {', '.join(names[:3])}{more}")
+  keys.check({name: rule.shape for rule in table.values() for name in rule.names(cfg.layers)}, tensors, source)
+  return keys.nested(
+    {
+      name: keys.stream(
+        [tensors[n] for n in rule.names(cfg.layers)], rule.load, rule.stacked, dtype, f"{source}: {rule.official}"
+      )
+      for name, rule in table.items()
+    }
+  )

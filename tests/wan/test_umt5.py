@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfjax import umt5_keys
+from sfjax import keys, umt5_keys
 from sfjax.errors import UserError
+from sfjax.tensors import of_arrays
 from sfjax.text_cache import TextCache
 from sfjax.umt5 import (
   UMT5Config,
@@ -38,9 +39,13 @@ def official(cfg=EXACT):
   return {name: weight(name, shape).astype(np.float32) for name, shape in umt5_keys.shapes(cfg).items()}
 
 
+def from_official(cfg, arrays, source="t5.pth"):
+  return keys.read(umt5_keys.arrays(cfg, of_arrays(arrays), source, np.dtype(cfg.param_dtype)))
+
+
 @pytest.fixture(scope="module")
 def params():
-  return umt5_keys.from_official(EXACT, official())
+  return from_official(EXACT, official())
 
 
 def encode(cfg, params, ids):
@@ -109,7 +114,7 @@ def test_buckets_follow_the_formula(buckets, far):
 
 def test_bfloat16_errs_as_its_roundings_and_no_more_than_torch():
   ids, exact = ORACLE["short_ids"], ORACLE["short"]
-  half = umt5_keys.from_official(HALF, official())
+  half = from_official(HALF, official())
   assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(half))
   out = encode(HALF, half, ids)
   assert out.dtype == jnp.bfloat16
@@ -123,7 +128,7 @@ def test_bfloat16_errs_as_its_roundings_and_no_more_than_torch():
 
 
 def test_bfloat16_keeps_logits_and_softmax_in_float32():
-  half = umt5_keys.from_official(HALF, official())
+  half = from_official(HALF, official())
 
   def out(
     cfg, bias
@@ -218,11 +223,15 @@ def test_tensors_in_a_file_are_read_once_each(params):
     def shape(self):
       return self.value.shape
 
+    @property
+    def dtype(self):
+      return self.value.dtype
+
     def read(self):
       reads.append(self.name)
       return self.value
 
-  got = umt5_keys.from_official(EXACT, {name: Stored(name, x) for name, x in official().items()})
+  got = keys.read(umt5_keys.arrays(EXACT, {name: Stored(name, x) for name, x in official().items()}, "t5.pth"))
   assert sorted(reads) == sorted(official())
   assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), got, params))
 
@@ -238,14 +247,14 @@ def test_transformers_names(params):
   assert {"shared.weight", "encoder.embed_tokens.weight"} <= set(arrays)
   for dropped in (None, "shared.weight", "encoder.embed_tokens.weight"):
     given = {name: x for name, x in arrays.items() if name != dropped}
-    named = umt5_keys.official_from_transformers(EXACT, given)
+    named = umt5_keys.official_from_transformers(given, "t5")
     assert {name: x.tobytes() for name, x in named.items()} == {name: x.tobytes() for name, x in official().items()}
-  got = umt5_keys.from_official(EXACT, named)
+  got = from_official(EXACT, named)
   assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), got, params))
 
 
 def test_wrong_keys_are_named_and_counted():
-  def attempt(change, fn=umt5_keys.from_official, arrays=None):
+  def attempt(change, fn=from_official, arrays=None):
     arrays = arrays or official()
     change(arrays)
     return lambda: fn(EXACT, arrays, "t5.pth")
@@ -254,20 +263,24 @@ def test_wrong_keys_are_named_and_counted():
     for name in [n for n in arrays if ".ffn." in n]:
       del arrays[name]
 
-  refused(attempt(lambda a: a.pop("norm.weight")), "t5.pth", "1 missing: norm.weight")
-  refused(attempt(without_ffn), "9 missing: blocks.0.ffn.gate.0.weight, blocks.1.ffn.gate.0.weight, ", ", ...")
-  refused(attempt(lambda a: a.update(lm_head=a["norm.weight"])), "1 unexpected: lm_head")
-  refused(attempt(lambda a: a.update({"blocks.3.norm1.weight": a["norm.weight"]})), "1 unexpected: blocks.3.norm1")
+  refused(attempt(lambda a: a.pop("norm.weight")), "t5.pth", "lacks 1 tensor: norm.weight")
+  gates = "blocks.0.ffn.gate.0.weight, blocks.1.ffn.gate.0.weight, "
+  refused(attempt(without_ffn), f"lacks 9 tensors: {gates}", " and 6 more")
+  refused(attempt(lambda a: a.update(lm_head=a["norm.weight"])), "holds unexpected 1 tensor: lm_head")
+  refused(
+    attempt(lambda a: a.update({"blocks.3.norm1.weight": a["norm.weight"]})), "unexpected 1 tensor: blocks.3.norm1"
+  )
   turned = lambda a: a.update({"blocks.1.ffn.fc1.weight": a["blocks.1.ffn.fc1.weight"].T})
-  refused(attempt(turned), "1 wrongly shaped: blocks.1.ffn.fc1.weight [32, 64] for [64, 32]")
-  both = lambda a: (a.pop("norm.weight"), a.update(more=np.zeros(1)))
-  refused(attempt(both), "1 missing: norm.weight", "1 unexpected: more")
+  refused(attempt(turned), "holds wrongly shaped 1 tensor: blocks.1.ffn.fc1.weight [32, 64] (want [64, 32])")
 
-  theirs = lambda change: attempt(change, umt5_keys.official_from_transformers, transformers_arrays())
+  def renamed(cfg, arrays, source):
+    return from_official(cfg, umt5_keys.official_from_transformers(arrays, source), source)
+
+  theirs = lambda change: attempt(change, renamed, transformers_arrays())
   name = "encoder.block.2.layer.1.DenseReluDense.wi_0.weight"
-  refused(theirs(lambda a: a.pop(name)), "t5.pth", f"1 missing: {name}")
+  refused(theirs(lambda a: a.pop(name)), "t5.pth", "lacks 1 tensor: blocks.2.ffn.gate.0.weight")
   neither = lambda a: (a.pop("shared.weight"), a.pop("encoder.embed_tokens.weight"))
-  refused(theirs(neither), "1 missing: shared.weight")
+  refused(theirs(neither), "lacks 1 tensor: token_embedding.weight")
   refused(theirs(lambda a: a.update({"encoder.embed_tokens.weight": a["shared.weight"] + 1})), "differ")
 
 

@@ -1,0 +1,14 @@
+"""Wan2.1-T2V-1.3B at 832x480, 16 fps: python -m sfjax.convert SRC DIR makes a folder with such a config.
+
+Variants: "sparse" (the default: a window of 3 chunks read at 25 %, 60 persistent blocks; 3.50 GB of keys, values and pooled
+keys), "window" (4 chunks, 3.71 GB), "dense" (21 latents, 6.49 GB, Self-Forcing's cache; 6.04 GB without the padding of
+blocks), "bidirectional" (one chunk of 21 latents, 50 steps: plain Wan2.1).
+"""
+
+from sfjax.config import to_config_dict
+from sfjax.model import ModelConfig
+from sfjax.wan import wan_config
+
+
+def get_config(variant=""):
+  return to_config_dict(wan_config(ModelConfig.wan_1_3b(), variant or "sparse"))

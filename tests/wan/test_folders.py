@@ -1,0 +1,66 @@
+"""Whole folders through `sfjax.convert`: Wan2.1's own layout and diffusers', with DiT, text encoder, VAE and tokenizer."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sfjax import convert, keys, umt5_keys, wan, wan_keys, wan_vae_keys
+from sfjax.config import to_dataclass
+from sfjax.tensors import of_arrays
+from sfjax.umt5 import UMT5Config
+from sfjax.wan_vae import WanVAEConfig
+from tests.fixtures.seeded import weight
+from tests.wan import test_dit, test_umt5
+from tests.wan.test_dit import TINY, torch_file
+
+TEXT = UMT5Config(vocab=200, dim=32, heads=4, head_dim=8, ffn_dim=64, layers=3, dtype="bfloat16", param_dtype="float32")
+VAE = WanVAEConfig(dim=8)
+
+
+def vae_weights():
+  return {name: weight(name, w.shape) for name, w in wan_vae_keys.table(VAE).items()}
+
+
+def official_folder(path):
+  save_file(test_dit.official("tiny"), path / "diffusion_pytorch_model.safetensors")
+  (path / "config.json").write_text(json.dumps({"num_heads": TINY.heads}))
+  torch_file(test_umt5.official(), path / "models_t5_umt5-xxl-enc-bf16.pth")
+  torch_file(vae_weights(), path / "Wan2.1_VAE.pth")
+  (path / "google" / "umt5-xxl").mkdir(parents=True)
+  (path / "google" / "umt5-xxl" / "tokenizer.json").write_text("{}")
+
+
+def diffusers_folder(path):
+  test_dit.as_diffusers(test_dit.official("tiny"), path / "x")
+  (path / "transformer" / "config.json").write_text(json.dumps({"num_attention_heads": TINY.heads}))
+  for part, arrays in (("text_encoder", test_umt5.transformers_arrays()), ("vae", vae_weights())):
+    (path / part).mkdir()
+    save_file(arrays, path / part / "model.safetensors")
+  (path / "tokenizer").mkdir()
+  (path / "tokenizer" / "tokenizer.json").write_text("{}")
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("make", [official_folder, diffusers_folder])
+def test_a_folder_with_all_parts(make, tmp_path):
+  source, target = tmp_path / "source", tmp_path / "model"
+  source.mkdir()
+  make(source)
+  convert.main([str(source), str(target)])
+  dit = wan.load_dit(target, TINY)
+  same(dit, keys.read(wan_keys.arrays(TINY, of_arrays(test_dit.official("tiny")), "here")))
+
+  assert to_dataclass(UMT5Config, json.loads((target / "text.json").read_text())).layers == TEXT.layers
+  text = wan.load_text(target, TEXT)
+  same(text, keys.read(umt5_keys.arrays(TEXT, of_arrays(test_umt5.official()), "here")))
+
+  assert to_dataclass(WanVAEConfig, json.loads((target / "vae.json").read_text())) == VAE
+  vae = wan_vae_keys.to_official(VAE, wan.load_vae(target, VAE))
+  same(vae, vae_weights())
+  assert (target / "tokenizer.json").read_text() == "{}"
