@@ -187,13 +187,12 @@ def _locate(source: str) -> pathlib.Path:
   path = pathlib.Path(source)
   if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
     return path
-  from huggingface_hub import snapshot_download
-  from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+  import huggingface_hub  # only here: it takes a while to load
 
   try:
-    return pathlib.Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
-  except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-    raise UserError(f"SRC: {source} is no file or folder here, and could not be downloaded") from e
+    return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=["*.safetensors", "*.pth", "*.json"]))
+  except Exception as e:  # a network has many ways to fail
+    raise UserError(f"SRC: {source} is no file or folder here, and cannot be downloaded ({type(e).__name__})") from e
 
 
 @command

@@ -95,12 +95,14 @@ def run(argv: list[str]) -> None:
   began = time.perf_counter()
   sampler = sampling.Sampler(a.checkpoint, a.attention, a.steps, a.guidance)
   for flag, texts in a.texts.items():
-    sampler.encoder.tokens(texts, flag)
+    sampler.parts.check(texts, flag)
   fps, prefix, state = sampler.fps, None, None
   if a.image:
     prefix = read_image(a.image, sampler.size)[None, None]
   if a.video:
     prefix = read_video(a.video, fps, sampler.size)[None]
+  if (a.continue_state or a.save_state) and not sampler.parts.resumes:
+    raise UserError("--save_state, --continue_state: not with this model yet; its VAE's state is not saved")
   if a.continue_state:
     fresh = sampler.start(a.prompts, a.seed)
     state, told = _load_state(a.continue_state, fresh)

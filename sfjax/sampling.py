@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from sfjax import checkpoint, rollout
-from sfjax.codec import DigitsCodec
-from sfjax.config import Config, to_dataclass
+from sfjax import rollout
+from sfjax.config import Config
 from sfjax.errors import UserError
 from sfjax.memory import KVMemory, memory_bytes
+from sfjax.parts import load_parts
 from sfjax.routing import MemoryConfig
-from sfjax.text import WordEncoder
 
 SHIPPED = pathlib.Path(__file__).parent.parent / "checkpoints" / "digits"
 ATTENTION = ("sparse", "window", "dense")
@@ -44,22 +43,17 @@ class Sampler:
   """
 
   def __init__(self, directory=SHIPPED, attention="sparse", steps=None, guidance=None):
-    config: Config = to_dataclass(Config, checkpoint.load_config(directory), "--checkpoint: config")
-    if jax.devices()[0].platform == "cpu":  # bfloat16 is emulated there
-      config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
+    self.parts = load_parts(directory)
+    config = self.parts.config
     changes = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
     try:
       sampler = dataclasses.replace(config.sampler, **changes)
     except ValueError as e:
       raise UserError(f"--{e}") from e
     self.config = dataclasses.replace(config, memory=attention_preset(config, attention), sampler=sampler)
-    self.codec, self.encoder = DigitsCodec(), WordEncoder(config.model.text_len, config.model.text_dim)
-    text = jax.eval_shape(lambda: self.encoder.init(0))
-    self.params = checkpoint.load_params(directory, {"dit": rollout.abstract_params(config.model), "text": text})
     self.programs = rollout.Compiled(self.config.model, self.config.memory, sampler)
-    self._decode = jax.jit(self.codec.decode, static_argnums=1)
     self.fps = config.data.fps
-    self.size = tuple(n * self.codec.space for n in config.model.latent_size)
+    self.size = tuple(n * self.parts.codec.space for n in config.model.latent_size)
 
   @property
   def kv_bytes(self) -> dict[str, int]:
@@ -68,18 +62,18 @@ class Sampler:
 
   def text(self, prompts: list[str]):
     """Encoded prompts, and the null prompt if guidance needs it."""
-    encode = lambda captions: self.encoder.encode(self.params["text"], self.encoder.tokens(captions))
-    return encode(prompts), encode([""]) if self.config.sampler.guidance != 1 else None
+    null = self.parts.text([""]) if self.config.sampler.guidance != 1 else None
+    return self.parts.text(prompts), null
 
   def start(self, prompts: list[str], seed: int = 0) -> KVMemory:
     """An empty memory for a batch of prompts."""
     text, null = self.text(prompts)
-    return self.programs.start(self.params["dit"], text, seed, null)
+    return self.programs.start(self.parts.dit, text, seed, null)
 
   def set_prompt(self, memory: KVMemory, prompts: list[str]) -> KVMemory:
     """Another prompt from the next chunk on."""
     text, null = self.text(prompts)
-    return rollout.set_prompt(self.config.model, self.params["dit"], memory, text, null)
+    return rollout.set_prompt(self.config.model, self.parts.dit, memory, text, null)
 
   def stream(
     self,
@@ -101,14 +95,15 @@ class Sampler:
       seconds: receives, for every generated chunk, the time until its latents and memory, and until its pixels.
     """
     model = self.config.model
-    f, key, dit = model.chunk_frames, jax.random.key(seed), self.params["dit"]
+    f, key, dit = model.chunk_frames, jax.random.key(seed), self.parts.dit
     chunk, made = int(memory.chunk[0]), 0
     first = chunk
     shape = (len(samples), f, *model.latent_size, model.latent_channels)
     given = np.zeros((len(samples), 0, *shape[2:]), np.float32)
     if prefix is not None:
       usable = 1 + 4 * ((prefix.shape[1] - 1) // 4)
-      given = np.asarray(self.codec.encode(jnp.asarray(prefix[:, :usable])))
+      given = np.asarray(self.parts.encode(prefix[:, :usable]))
+    decoded = self.parts.start(len(samples))
     while made < frames:
       if schedule and chunk in schedule:
         memory = self.set_prompt(memory, schedule[chunk])
@@ -125,7 +120,8 @@ class Sampler:
         )
       jax.block_until_ready((latents, memory))
       denoised = time.perf_counter() - began
-      pixels = np.asarray(self._decode(latents, chunk == 0))
+      decoded, pixels = self.parts.decode(decoded, latents, chunk == 0)
+      pixels = np.asarray(pixels)
       if seconds is not None and part.shape[1] < f:
         seconds.append((denoised, time.perf_counter() - began))
       pixels = pixels[:, : frames - made]

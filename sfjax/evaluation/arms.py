@@ -45,7 +45,7 @@ class Arm:
   def start(self, prompts: list[str], seed: int) -> KVMemory:
     """An empty memory for a batch of prompts."""
     text, null = self.sampler.text(prompts)
-    return _start(self.config.model, self.memory, self.sampler.params["dit"], text, seed, null)
+    return _start(self.config.model, self.memory, self.sampler.parts.dit, text, seed, null)
 
 
 def load_arm(text: str, steps: int | None, guidance: float | None) -> Arm:
@@ -118,10 +118,10 @@ def _append(model, memory_config: MemoryConfig, params, memory, latents):
 
 def append(arm: Arm, memory: KVMemory, pixels: UInt8[np.ndarray, "B F h w 3"]) -> KVMemory:
   """Puts whole chunks of a real video into a memory. The memory passed in is consumed."""
-  latents = arm.sampler.codec.encode(jnp.asarray(pixels))
+  latents = arm.sampler.parts.encode(pixels)
   frames = arm.config.model.chunk_frames
   for i in range(0, latents.shape[1], frames):
-    memory = _append(arm.config.model, arm.memory, arm.sampler.params["dit"], memory, latents[:, i : i + frames])
+    memory = _append(arm.config.model, arm.memory, arm.sampler.parts.dit, memory, latents[:, i : i + frames])
   return memory
 
 
@@ -143,7 +143,7 @@ def roll(
   views, start = [], int(memory.chunk[0])
   for _ in range(chunks):
     memory, view = _step(
-      arm.sampler.config, arm.memory, arm.sampler.params["dit"], classifier, memory, key, samples, colours
+      arm.sampler.config, arm.memory, arm.sampler.parts.dit, classifier, memory, key, samples, colours
     )
     views.append(jax.device_get(view))
     advance()

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -64,3 +65,35 @@ def test_a_folder_with_all_parts(make, tmp_path):
   vae = wan_vae_keys.to_official(VAE, wan.load_vae(target, VAE))
   same(vae, vae_weights())
   assert (target / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_hub_id_is_downloaded(tmp_path, monkeypatch, capsys):
+  (tmp_path / "source").mkdir()
+  official_folder(tmp_path / "source")
+
+  def download(name, allow_patterns):
+    if name != "owner/name":
+      raise ConnectionError("no network")
+    assert {"*.safetensors", "*.pth", "*.json"} <= set(allow_patterns)
+    return tmp_path / "source"
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  convert.main(["owner/name", str(tmp_path / "model")])
+  assert {p.name for p in (tmp_path / "model").iterdir()} >= {"dit", "text", "vae", "tokenizer.json", "config.json"}
+  capsys.readouterr()
+  with pytest.raises(SystemExit):
+    convert.main(["owner/other", str(tmp_path / "model")])
+  assert "owner/other is no file or folder here, and cannot be downloaded (ConnectionError)" in capsys.readouterr().err
+
+
+def test_what_holds_no_weights_is_refused(tmp_path, capsys):
+  save_file({"something": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
+  (tmp_path / "empty").mkdir()
+  for name, line in (
+    ("x.safetensors", "no Wan2.1 DiT"),
+    ("none", "no such file"),
+    ("empty", "holds no .safetensors, .pt or"),
+  ):
+    with pytest.raises(SystemExit) as e:
+      convert.main([str(tmp_path / name), str(tmp_path / "model")])
+    assert e.value.code == 2 and line in capsys.readouterr().err

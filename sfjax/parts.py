@@ -1,0 +1,136 @@
+"""What stands around the DiT in a model folder: its weights, a text encoder, and a codec that streams pixels out.
+
+A folder of our own digits model holds one params.npz; one that `sfjax.convert` wrote holds Wan2.1's parts. Sampling sees the
+same functions in both cases.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from sfjax import checkpoint, rollout, wan
+from sfjax.codec import DigitsCodec
+from sfjax.config import Config, to_dataclass
+from sfjax.errors import UserError
+from sfjax.text import WordEncoder
+from sfjax.text_cache import TextCache
+from sfjax.umt5 import UMT5Config, UMT5Encoder
+from sfjax.wan_vae import WanVAE, WanVAEConfig, from_uint8, to_uint8
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """A loaded model folder.
+
+  Attributes:
+    config: as the folder says, with the dtypes that this machine runs it in.
+    dit: weights of the DiT. codec: has `time` and `space`, pixels of a latent along each.
+    check: (captions, flag) raises UserError at one that the text encoder does not take.
+    text: captions -> rows for cross-attention [B,M,E].
+    encode: frames uint8 [B,F,H,W,3], F = 1 + 4 n -> latents.
+    start: batch -> the codec's state before a video.
+    decode: (state, latents, first) -> (state, frames uint8); compiled, the state passed in is consumed.
+    resumes: whether a later chunk decodes without the state that the one before it left.
+  """
+
+  config: Config
+  dit: dict
+  codec: Any
+  check: Callable[[list[str], str], Any]
+  text: Callable[[list[str]], Float[Array, "B M E"]]
+  encode: Callable[[UInt8[np.ndarray, "B F H W 3"]], Float[Array, "B T h w C"]]
+  start: Callable[[int], Any]
+  decode: Callable[[Any, Array, bool], tuple[Any, UInt8[Array, "B F H W 3"]]]
+  resumes: bool = True
+
+
+def load_parts(directory) -> Parts:
+  """Reads a model folder, or a training run's newest step.
+
+  Raises:
+    UserError: absent, damaged, of another config, or without one of its parts.
+  """
+  config = to_dataclass(Config, checkpoint.load_config(directory), "--checkpoint: config")
+  cpu = jax.devices()[0].platform == "cpu"
+  if cpu:  # bfloat16 is emulated there
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
+  folder = pathlib.Path(directory)
+  return _wan(folder, config) if (folder / "dit").is_dir() else _digits(folder, config)
+
+
+def _digits(folder: pathlib.Path, config: Config) -> Parts:
+  model, codec = config.model, DigitsCodec()
+  encoder = WordEncoder(model.text_len, model.text_dim)
+  like = {"dit": rollout.abstract_params(model), "text": jax.eval_shape(lambda: encoder.init(0))}
+  params = checkpoint.load_params(folder, like)
+  decode = jax.jit(codec.decode, static_argnums=1)
+  return Parts(
+    config=config,
+    dit=params["dit"],
+    codec=codec,
+    check=encoder.tokens,
+    text=lambda captions: encoder.encode(params["text"], encoder.tokens(captions)),
+    encode=lambda frames: codec.encode(jnp.asarray(frames)),
+    start=lambda batch: None,
+    decode=lambda state, latents, first: (state, decode(latents, first)),
+  )
+
+
+def _wan(folder: pathlib.Path, config: Config) -> Parts:
+  model = dataclasses.replace(config.model, param_dtype=config.model.dtype)
+  vae = WanVAE(dataclasses.replace(_sizes(folder, "vae", WanVAEConfig), dtype=model.dtype, param_dtype=model.dtype))
+  text = dataclasses.replace(_sizes(folder, "text", UMT5Config), dtype=model.dtype, param_dtype=model.dtype)
+  encoder = UMT5Encoder(str(folder / "tokenizer.json"), model.text_len, text)
+  pixels = wan.load_vae(folder, vae.config)
+
+  def embed(captions: list[str]) -> np.ndarray:  # loaded for prompts that are new, and gone again before sampling
+    params = wan.load_text(folder, text)
+    out = np.asarray(jax.jit(encoder.encode)(params, encoder.tokens(captions)))
+    del params
+    gc.collect()
+    return out
+
+  def embeddings(captions: list[str]):
+    weights = f"{folder.resolve()} {(folder / 'text' / '_METADATA').stat().st_mtime_ns}"
+    where = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sfjax" / "text"
+    cache = TextCache(where, encoder.identity(weights), (model.text_len, text.dim), text.dtype)
+    return jnp.asarray(cache.embed(captions, embed, batch=8))
+
+  def decode(state, latents, first):
+    state, out = vae.decode_chunk(pixels, state, latents, first)
+    return state, to_uint8(out)
+
+  encode = jax.jit(lambda frames: vae.encode(pixels, from_uint8(frames)))
+  return Parts(
+    config=dataclasses.replace(config, model=model),
+    dit=wan.load_dit(folder, model),
+    codec=vae,
+    check=encoder.tokens,
+    text=embeddings,
+    encode=lambda frames: encode(jnp.asarray(frames)),
+    start=lambda batch: vae.init_decoder_state(batch, *model.latent_size),
+    decode=jax.jit(decode, static_argnums=2, donate_argnums=0),
+    resumes=False,
+  )
+
+
+def _sizes(folder: pathlib.Path, part: str, config):
+  """A part's config. Raises UserError where the part or its config is absent or damaged."""
+  file = folder / f"{part}.json"
+  if not file.is_file():
+    raise UserError(
+      f"--checkpoint: {folder} holds no {part}; convert one into it: python -m sfjax.convert SRC {folder}"
+    )
+  try:
+    return to_dataclass(config, json.loads(file.read_text()), f"--checkpoint: {file}")
+  except ValueError as e:
+    raise UserError(f"--checkpoint: {file} is damaged: {e}") from e

@@ -1,0 +1,112 @@
+"""From converted Wan2.1 weights and a prompt to a video: the sampler on a tiny model of the same parts."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import sample
+from sfjax import convert, wan, wan_keys, wan_vae_keys
+from sfjax.model import ModelConfig
+from sfjax.sampling import Sampler
+from sfjax.umt5 import UMT5Config
+from sfjax.wan_vae import WanVAE, WanVAEConfig, to_uint8
+from tests.fixtures.seeded import weight
+from tests.wan import test_umt5
+
+DIT = ModelConfig.wan_1_3b(dim=64, layers=2, heads=2, ffn_dim=96, text_dim=32, freq_dim=32)
+TEXT = UMT5Config(vocab=512, dim=32, heads=4, head_dim=8, ffn_dim=64, layers=2)
+VAE = WanVAEConfig(dim=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """What the command makes of the three files, then the sizes of a small video put into its config."""
+  source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target") / "model"
+  dit = [(n, r.shape) for r in wan_keys.rules(DIT).values() for n in r.names(DIT.layers)]
+  save_file({n: weight(n, s) for n, s in dit}, source / "dit.safetensors")
+  (source / "config.json").write_text(json.dumps({"num_heads": DIT.heads}))
+  for part, arrays in (
+    ("text_encoder", test_umt5.official(TEXT)),
+    ("vae", {n: weight(n, w.shape) for n, w in wan_vae_keys.table(VAE).items()}),
+  ):
+    (source / part).mkdir()
+    save_file(arrays, source / part / "model.safetensors")
+  (source / "tokenizer").mkdir()
+  shutil.copyfile(test_umt5.TOKENIZER, source / "tokenizer" / "tokenizer.json")
+  convert.main([str(source), str(target)])
+  config = json.loads((target / "config.json").read_text())
+  config["model"] |= dict(latent_size=[8, 12], tile=[3, 2, 2], text_len=24)
+  config["memory"] |= dict(window=2, persistent=4, top_k=0.5)
+  (target / "config.json").write_text(json.dumps(config))
+  return target
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_the_command_makes_a_video(folder, tmp_path):
+  flags = ["--checkpoint", str(folder), "--prompt", "a cat &amp; a dog", "--seconds", "1.3", "--out", str(tmp_path)]
+  sample.main(flags)
+  record = json.loads((tmp_path / "run.json").read_text())
+  assert record["videos"][0]["frames"] == 21 and (tmp_path / "00.mp4").stat().st_size > 0
+  assert record["kv_bytes"]["predicted"]["kv"] == record["kv_bytes"]["measured"]
+
+
+def test_streamed_pixels_are_those_of_the_whole_clip(folder):
+  sampler, seen = Sampler(folder), []
+
+  def spy(state, latents, first, decode=sampler.parts.decode):
+    seen.append(latents)
+    return decode(state, latents, first)
+
+  sampler.parts = dataclasses.replace(sampler.parts, decode=spy)
+  frames = [pixels for pixels, _ in sampler.stream(sampler.start(["a cat"], 3), 33, 3, [0])]
+  assert [f.shape[1] for f in frames] == [9, 12, 12]
+  vae = WanVAE(VAE)
+  whole = to_uint8(vae.decode(wan.load_vae(folder, VAE), jnp.concatenate(seen, 1)))
+  apart = np.abs(np.concatenate(frames, 1).astype(int) - np.asarray(whole).astype(int))
+  assert apart.max() <= 1 and apart.mean() < 1e-3  # the last bit of a rounding
+  assert np.ptp(np.asarray(whole)) > 50
+
+
+def test_prompts_are_embedded_once(folder, monkeypatch):
+  sampler = Sampler(folder)
+  first = sampler.parts.text(["a red boat", "a cat"])
+  monkeypatch.setattr(wan, "load_text", lambda *_: pytest.fail("loaded again"))
+  again = Sampler(folder).parts.text(["a  cat", "a red boat"])  # cleaning makes them the same prompts
+  np.testing.assert_array_equal(again[::-1], first)
+  assert np.any(first[0] != first[1])
+
+
+@pytest.mark.parametrize(
+  "change, line",
+  [
+    (lambda f: (f / "vae.json").unlink(), "holds no vae; convert one into it: python -m sfjax.convert SRC"),
+    (lambda f: (f / "text.json").write_text("{"), "text.json is damaged"),
+    (lambda f: (f / "tokenizer.json").unlink(), "the tokenizer cannot be read"),
+    (lambda f: shutil.rmtree(f / "dit" / "head.kernel"), "dit.* damaged"),
+  ],
+)
+def test_a_folder_without_a_part_is_refused_in_one_line(change, line, folder, tmp_path, capsys):
+  copy = tmp_path / "copy"
+  shutil.copytree(folder, copy)
+  change(copy)
+  with pytest.raises(SystemExit) as e:
+    sample.main(["--checkpoint", str(copy), "--prompt", "a cat", "--out", str(tmp_path / "out")])
+  text = capsys.readouterr().err
+  assert e.value.code == 2 and text.count("\n") == 1
+  assert re.search(line, text), text
+
+
+def test_states_are_refused(folder, tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    sample.main(["--checkpoint", str(folder), "--save_state", str(tmp_path / "s"), "--out", str(tmp_path)])
+  assert "--save_state, --continue_state: not with this model yet" in capsys.readouterr().err
