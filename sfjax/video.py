@@ -94,12 +94,24 @@ def read_video(path, fps: float, size: tuple[int, int], flag: str = "--video") -
 
 
 def read_image(path, size: tuple[int, int], flag: str = "--image") -> UInt8[np.ndarray, "h w 3"]:
-  """An image at a size (centre crop). Raises UserError if it cannot be read."""
+  """An image of any mode and shape at a size (centre crop). Raises UserError if it cannot be read."""
   try:
     with Image.open(path) as image:
-      return _fit(ImageOps.exif_transpose(image), size)
+      return _fit(_rgb(ImageOps.exif_transpose(image)), size)
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
     raise UserError(f"{flag}: {path} cannot be read as an image") from e
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+  """8-bit RGB: 16 bits scaled down (Pillow would cut them off at 255), transparent parts on white."""
+  if image.mode.startswith("I"):
+    image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
+  if image.mode == "F":
+    raise ValueError("floating-point pixels have no agreed range")
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+  return image.convert("RGB")
 
 
 class ContactSheet:

@@ -178,3 +178,30 @@ def test_contact_sheet_errors(tmp_path):
   sheet.add(clip(1))
   with pytest.raises(UserError, match="cannot be written"):
     sheet.save(tmp_path / "absent" / "s.png")
+
+
+def test_images_of_any_mode(tmp_path):
+  ramp = np.arange(0, 256, 16, dtype=np.uint8).repeat(4).reshape(1, -1).repeat(8, 0)  # 8 x 64
+  want = read_as(tmp_path, Image.fromarray(ramp), "grey.png")
+  for image, name in (
+    (Image.fromarray(ramp).convert("RGB"), "rgb.png"),
+    (Image.fromarray(ramp.astype(np.uint16) * 257), "sixteen.png"),
+    (Image.fromarray(ramp).convert("RGB").quantize(64), "palette.png"),
+    (Image.fromarray(np.stack([ramp] * 3 + [0 * ramp + 255], -1)), "opaque.png"),
+  ):
+    np.testing.assert_allclose(read_as(tmp_path, image, name).astype(int), want, atol=1, err_msg=name)
+  clear = np.stack([0 * ramp] * 3 + [ramp], -1)  # black, from clear to opaque
+  np.testing.assert_allclose(read_as(tmp_path, Image.fromarray(clear), "clear.png").astype(int), 255 - want, atol=2)
+  assert read_as(tmp_path, Image.fromarray(ramp > 100), "bits.png").max() == 255
+  with pytest.raises(UserError, match=r"float.tiff cannot be read as an image"):
+    read_as(tmp_path, Image.fromarray(ramp.astype(np.float32)), "float.tiff")
+
+
+def read_as(folder, image, name):
+  image.save(folder / name)
+  return read_image(folder / name, (8, 64))
+
+
+def test_images_of_any_shape(tmp_path):
+  for size in ((1, 300), (300, 1), (7, 5), (2000, 3)):
+    assert read_as(tmp_path, Image.new("RGB", size, (9, 99, 199)), "x.png").shape == (8, 64, 3)

@@ -18,9 +18,8 @@ def test_docstrings_tell_the_bytes(file):
   with open(f"configs/{file}.py") as f:
     told = [float(x) for x in re.findall(r"([\d.]+) GB", f.read())]
   sizes = [kv_bytes(file, variant) for variant in ("sparse", "window", "dense")]
-  unpadded = (
-    sizes[2] * 60 / 64 * 64 / (64 + 0.5)
-  )  # blocks hold 60 tokens in 64 slots, and half a slot's bytes of pooled key
+  model = to_dataclass(Config, load_config(f"configs/{file}.py")).model
+  unpadded = 2 * model.layers * model.dim * 21 * 1560 * 2  # keys and values of 21 frames, bfloat16
   assert told[:3] == [round(x / 1e9, 2) for x in sizes]
   assert told[3] == round(unpadded / 1e9, 2)
   assert sizes[0] <= 0.58 * unpadded  # 42 % below 21 dense frames
