@@ -37,9 +37,8 @@ class Parts:
     check: (captions, flag) raises UserError at one that the text encoder does not take.
     text: captions -> rows for cross-attention [B,M,E].
     encode: frames uint8 [B,F,H,W,3], F = 1 + 4 n -> latents.
-    start: batch -> the codec's state before a video.
+    start: batch -> the codec's state before a video, a pytree.
     decode: (state, latents, first) -> (state, frames uint8); compiled, the state passed in is consumed.
-    resumes: whether a later chunk decodes without the state that the one before it left.
   """
 
   config: Config
@@ -50,7 +49,6 @@ class Parts:
   encode: Callable[[UInt8[np.ndarray, "B F H W 3"]], Float[Array, "B T h w C"]]
   start: Callable[[int], Any]
   decode: Callable[[Any, Array, bool], tuple[Any, UInt8[Array, "B F H W 3"]]]
-  resumes: bool = True
 
 
 def load_parts(directory) -> Parts:
@@ -80,7 +78,7 @@ def _digits(folder: pathlib.Path, config: Config) -> Parts:
     check=encoder.tokens,
     text=lambda captions: encoder.encode(params["text"], encoder.tokens(captions)),
     encode=lambda frames: codec.encode(jnp.asarray(frames)),
-    start=lambda batch: None,
+    start=lambda batch: (),
     decode=lambda state, latents, first: (state, decode(latents, first)),
   )
 
@@ -119,7 +117,6 @@ def _wan(folder: pathlib.Path, config: Config) -> Parts:
     encode=lambda frames: encode(jnp.asarray(frames)),
     start=lambda batch: vae.init_decoder_state(batch, *model.latent_size),
     decode=jax.jit(decode, static_argnums=2, donate_argnums=0),
-    resumes=False,
   )
 
 

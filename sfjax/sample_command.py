@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -96,16 +97,14 @@ def run(argv: list[str]) -> None:
   sampler = sampling.Sampler(a.checkpoint, a.attention, a.steps, a.guidance)
   for flag, texts in a.texts.items():
     sampler.parts.check(texts, flag)
-  fps, prefix, state = sampler.fps, None, None
+  fps, prefix, state, decoded = sampler.fps, None, None, None
   if a.image:
     prefix = read_image(a.image, sampler.size)[None, None]
   if a.video:
     prefix = read_video(a.video, fps, sampler.size)[None]
-  if (a.continue_state or a.save_state) and not sampler.parts.resumes:
-    raise UserError("--save_state, --continue_state: not with this model yet; its VAE's state is not saved")
   if a.continue_state:
     fresh = sampler.start(a.prompts, a.seed)
-    state, told = _load_state(a.continue_state, fresh)
+    state, decoded, told = _load_state(a.continue_state, fresh, sampler.parts.start(1))
     if any(a.texts.values()):  # another prompt, or the same one again
       state = state.replace(cross_k=fresh.cross_k, cross_v=fresh.cross_v)
     else:
@@ -124,8 +123,8 @@ def run(argv: list[str]) -> None:
     times, sheet, start = [], ContactSheet(fps), time.perf_counter()
     first = None
     with VideoWriter(out / f"{i:02d}.mp4", fps, scale=4 if sampler.size[0] <= 128 else 1) as writer:
-      stream = sampler.stream(memory, frames, a.seed, [i], prefix, schedule, times)
-      for pixels, memory in stream:  # noqa: B007, the last memory is used below
+      stream = sampler.stream(memory, frames, a.seed, [i], prefix, schedule, times, decoded)
+      for pixels, memory, left in stream:  # noqa: B007, the last memory and what the codec left are used below
         first = first or time.perf_counter() - start
         writer.write(pixels[0])
         sheet.add(pixels[0])
@@ -133,7 +132,7 @@ def run(argv: list[str]) -> None:
     sheet.save(out / f"{i:02d}.png")
     if a.save_state:
       told = [text for chunk, (text,) in schedule.items() if chunk < int(memory.chunk[0])]
-      arrays = checkpoint.flatten(dict(vars(memory))) | {"prompt": np.array([prompt, *told][-1])}
+      arrays = checkpoint.flatten(dict(vars(memory)) | {"codec": left}) | {"prompt": np.array([prompt, *told][-1])}
       checkpoint.save_arrays(a.save_state, arrays)
     videos.append(
       {
@@ -159,14 +158,19 @@ def run(argv: list[str]) -> None:
   write_json_atomic(out / "run.json", json.loads(json.dumps(record, default=str)))
 
 
-def _load_state(path: str, like: KVMemory) -> tuple[KVMemory, str]:
-  """A memory saved by --save_state, shaped and typed as `like`, and the prompt it was made with."""
+def _load_state(path: str, like: KVMemory, codec) -> tuple[KVMemory, Any, str]:
+  """What --save_state saved: a memory shaped and typed as `like`, the codec's state as `codec`, and the prompt."""
   try:
     arrays = checkpoint.load_arrays(path)
   except UserError as e:
     raise UserError(f"--continue_state: {e}") from e
-  for name, value in vars(like).items():
+  wanted = {"memory": dict(vars(like)), "codec": codec}
+  leaves, tree = jax.tree_util.tree_flatten_with_path(wanted)
+  found = []
+  for at, value in leaves:
+    name = jax.tree_util.keystr(at, simple=True, separator="/").removeprefix("memory/")
     if name not in arrays or arrays[name].shape != value.shape:
       raise UserError(f"--continue_state: {path} does not fit this model, --attention and --guidance ({name})")
-  put = lambda name, value: jax.numpy.asarray(arrays[name].astype(value.dtype))
-  return like.replace(**{name: put(name, value) for name, value in vars(like).items()}), str(arrays.get("prompt", ""))
+    found.append(jax.numpy.asarray(arrays[name].astype(value.dtype)))
+  tree = jax.tree.unflatten(tree, found)
+  return like.replace(**tree["memory"]), tree["codec"], str(arrays.get("prompt", ""))

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +85,9 @@ class Sampler:
     prefix: UInt8[np.ndarray, "B F h w 3"] | None = None,
     schedule: dict[int, list[str]] | None = None,
     seconds: list[tuple[float, float]] | None = None,
-  ) -> Iterator[tuple[UInt8[np.ndarray, "B F h w 3"], KVMemory]]:
-    """Frames chunk by chunk, with the memory after each chunk. The memory passed in is consumed.
+    decoded: Any = None,
+  ) -> Iterator[tuple[UInt8[np.ndarray, "B F h w 3"], KVMemory, Any]]:
+    """Frames chunk by chunk, with the memory and the codec's state after each chunk; those passed in are consumed.
 
     Args:
       frames: how many to make; the last chunk is trimmed.
@@ -93,6 +95,7 @@ class Sampler:
       prefix: real frames the video starts with (1 + 4 n of them are used).
       schedule: chunk -> prompts from that chunk on.
       seconds: receives, for every generated chunk, the time until its latents and memory, and until its pixels.
+      decoded: the codec's state, where a memory goes on that has begun a video.
     """
     model = self.config.model
     f, key, dit = model.chunk_frames, jax.random.key(seed), self.parts.dit
@@ -103,7 +106,7 @@ class Sampler:
     if prefix is not None:
       usable = 1 + 4 * ((prefix.shape[1] - 1) // 4)
       given = np.asarray(self.parts.encode(prefix[:, :usable]))
-    decoded = self.parts.start(len(samples))
+    decoded = self.parts.start(len(samples)) if decoded is None else decoded
     while made < frames:
       if schedule and chunk in schedule:
         memory = self.set_prompt(memory, schedule[chunk])
@@ -127,7 +130,7 @@ class Sampler:
       pixels = pixels[:, : frames - made]
       made += pixels.shape[1]
       chunk += 1
-      yield pixels, memory
+      yield pixels, memory, decoded
 
 
 def sample(
@@ -136,4 +139,4 @@ def sample(
   """A video in a notebook: uint8 [F,h,w,3]. options: attention, steps, guidance, see `Sampler`."""
   sampler = Sampler(checkpoint_dir, **options)
   stream = sampler.stream(sampler.start([prompt], seed), round(seconds * sampler.fps), seed, [0])
-  return np.concatenate([frames[0] for frames, _ in stream])
+  return np.concatenate([frames[0] for frames, *_ in stream])

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import sample
-from sfjax import convert, wan, wan_keys, wan_vae_keys
+from sfjax import convert, sample_command, wan, wan_keys, wan_vae_keys
 from sfjax.model import ModelConfig
 from sfjax.sampling import Sampler
 from sfjax.umt5 import UMT5Config
@@ -68,7 +68,7 @@ def test_streamed_pixels_are_those_of_the_whole_clip(folder):
     return decode(state, latents, first)
 
   sampler.parts = dataclasses.replace(sampler.parts, decode=spy)
-  frames = [pixels for pixels, _ in sampler.stream(sampler.start(["a cat"], 3), 33, 3, [0])]
+  frames = [pixels for pixels, *_ in sampler.stream(sampler.start(["a cat"], 3), 33, 3, [0])]
   assert [f.shape[1] for f in frames] == [9, 12, 12]
   vae = WanVAE(VAE)
   whole = to_uint8(vae.decode(wan.load_vae(folder, VAE), jnp.concatenate(seen, 1)))
@@ -106,7 +106,15 @@ def test_a_folder_without_a_part_is_refused_in_one_line(change, line, folder, tm
   assert re.search(line, text), text
 
 
-def test_states_are_refused(folder, tmp_path, capsys):
-  with pytest.raises(SystemExit):
-    sample.main(["--checkpoint", str(folder), "--save_state", str(tmp_path / "s"), "--out", str(tmp_path)])
-  assert "--save_state, --continue_state: not with this model yet" in capsys.readouterr().err
+def test_save_and_continue_equals_the_unbroken_video(folder, tmp_path):
+  flags = ["--checkpoint", str(folder), "--prompt", "a cat", "--seed", "3", "--out", str(tmp_path)]
+  state = tmp_path / "state.npz"
+  sample.main([*flags, "--seconds", "1.3", "--save_state", str(state)])
+  sampler = Sampler(folder)
+  fresh = sampler.start(["a cat"], 3)
+  memory, decoded, prompt = sample_command._load_state(str(state), fresh, sampler.parts.start(1))
+  assert prompt == "a cat"
+  (on, *_), *rest = sampler.stream(memory, 12, 3, [0], decoded=decoded)
+  unbroken = [frames for frames, *_ in sampler.stream(fresh, 33, 3, [0])]
+  assert not rest
+  np.testing.assert_array_equal(on, unbroken[2])
