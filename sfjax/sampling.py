@@ -15,7 +15,7 @@ from sfjax import rollout
 from sfjax.config import Config
 from sfjax.errors import UserError
 from sfjax.memory import KVMemory, memory_bytes
-from sfjax.parts import load_parts
+from sfjax.parts import Parts, load_parts
 from sfjax.routing import MemoryConfig
 
 SHIPPED = pathlib.Path(__file__).parent.parent / "checkpoints" / "digits"
@@ -36,15 +36,15 @@ class Sampler:
   """A loaded model with its compiled programs.
 
   Args:
-    directory: a model folder. attention: "sparse" (the trained memory), "window" or "dense".
+    model: a model folder, or one that `load_parts` has read. attention: "sparse" (the trained memory), "window" or "dense".
     steps, guidance: override the config's sampler.
 
   Raises:
     UserError: the folder is absent, damaged or of another config.
   """
 
-  def __init__(self, directory=SHIPPED, attention="sparse", steps=None, guidance=None):
-    self.parts = load_parts(directory)
+  def __init__(self, model=SHIPPED, attention="sparse", steps=None, guidance=None):
+    self.parts = model if isinstance(model, Parts) else load_parts(model)
     config = self.parts.config
     changes = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
     try:
