@@ -9,7 +9,6 @@ chunk in the steady state: from chunk W + C / blocks of a chunk on, when the mem
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
@@ -20,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfjax import rollout
+from sfjax.checkpoint import named
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
 from sfjax.errors import Parser, UserError, command
-from sfjax.parts import Parts
+from sfjax.parts import Parts, in_compute_dtype, wan_parts
 from sfjax.runlog import latency, make_folder, peak_memory, run_record, write_json_atomic
 from sfjax.sampling import Sampler
-from sfjax.wan_vae import WanVAE, WanVAEConfig, to_uint8
+from sfjax.wan_vae import WanVAE, WanVAEConfig
 
 
 def random_weights(like, seed: int):
@@ -34,11 +34,10 @@ def random_weights(like, seed: int):
     lambda key, shape, dtype, size: (jax.random.normal(key, shape, jnp.float32) * size).astype(dtype),
     static_argnums=(1, 2),
   )
-  leaves, tree = jax.tree_util.tree_flatten_with_path(like)
+  leaves = named(like)
   keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
   made = []
-  for key, (path, x) in zip(keys, leaves, strict=True):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+  for key, (name, x) in zip(keys, leaves.items(), strict=True):
     if "kernel" in name:  # [.., in, out]; a convolution's sizes come before
       fan_in = math.prod(x.shape[:-1]) if len(x.shape) > 3 else x.shape[-2]
       made.append(draw(key, x.shape, x.dtype, fan_in**-0.5))
@@ -46,30 +45,22 @@ def random_weights(like, seed: int):
       made.append(jnp.ones(x.shape, x.dtype))
     else:
       made.append(draw(key, x.shape, x.dtype, 0.02))
-  return jax.tree.unflatten(tree, made)
+  return jax.tree.unflatten(jax.tree.structure(like), made)
 
 
 def random_parts(config: Config, vae: WanVAEConfig, seed: int = 0) -> Parts:
   """What `load_parts` would read from a folder of such sizes; the text is 40 random rows."""
-  model = dataclasses.replace(config.model, param_dtype=config.model.dtype)
-  codec = WanVAE(dataclasses.replace(vae, dtype=model.dtype, param_dtype=model.dtype))
-  pixels = random_weights(jax.eval_shape(lambda: codec.init()), seed + 1)
+  config, vae = in_compute_dtype(config, vae)
+  model = config.model
   row = jnp.arange(model.text_len)[:, None] < 40
   text = jax.random.normal(jax.random.key(seed + 2), (1, model.text_len, model.text_dim)) * row
-
-  def decode(state, latents, first):
-    state, out = codec.decode_chunk(pixels, state, latents, first)
-    return state, to_uint8(out)
-
-  return Parts(
-    config=dataclasses.replace(config, model=model),
+  return wan_parts(
+    config,
+    vae,
     dit=random_weights(rollout.abstract_params(model), seed),
-    codec=codec,
+    pixels=random_weights(jax.eval_shape(lambda: WanVAE(vae).init()), seed + 1),
     check=lambda captions, flag: None,
     text=lambda captions: jnp.repeat(text, len(captions), 0),
-    encode=lambda frames: codec.encode(pixels, frames),
-    start=lambda batch: codec.init_decoder_state(batch, *model.latent_size),
-    decode=jax.jit(decode, static_argnums=2, donate_argnums=0),
   )
 
 
@@ -79,10 +70,8 @@ def measure(parts: Parts, attention: str, seconds: float) -> dict:
   model, memory_config = sampler.config.model, sampler.config.memory
   frames = round(seconds * sampler.fps)
   began = time.perf_counter()
-  for _ in sampler.stream(
-    sampler.start(["x"], 0), min(frames, 21 + 12), 0, [0]
-  ):  # compiles both programs of both parts
-    pass
+  for _ in sampler.stream(sampler.start(["x"], 0), min(frames, 21 + 12), 0, [0]):
+    pass  # compiles the first and the later chunks' programs
   compiled = time.perf_counter() - began
   empty, times = sampler.start(["x"], 1), []
   jax.block_until_ready(empty)

@@ -19,7 +19,7 @@ from sfjax.errors import UserError
 from sfjax.runlog import replacing, write_json_atomic
 
 
-def _named(tree) -> dict:
+def named(tree) -> dict:
   """Leaves by their path, "a/b"; the same names for a tree and for what Orbax tells of it."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
@@ -32,7 +32,8 @@ def _stored(x) -> str:
   return f"{np.dtype(x.dtype).name}{list(x.shape)}"
 
 
-def _first_difference(found: dict[str, str], want: dict[str, str]) -> str | None:
+def first_difference(found: dict[str, str], want: dict[str, str]) -> str | None:
+  """What tells two tables of named arrays apart, in words; None if nothing does."""
   for name in [*want, *found]:
     if found.get(name) != want.get(name):
       return f"{name} is {found.get(name, 'absent')}, this config wants {want.get(name, 'no such array')}"
@@ -86,13 +87,13 @@ class Checkpoints:
     return self._read(meta=ocp.args.JsonRestore())["meta"]
 
   def _restore(self, item: str, like) -> tuple:
-    want = {name: _stored(x) for name, x in _named(like).items()}
+    want = {name: _stored(x) for name, x in named(like).items()}
     step = self._newest()
     try:
       tree = self._manager.item_metadata(step)[item].tree
     except Exception as e:  # whatever a damaged file makes Orbax raise
       raise self._damaged() from e
-    wrong = _first_difference({name: _stored(x) for name, x in _named(tree).items()}, want)
+    wrong = first_difference({name: _stored(x) for name, x in named(tree).items()}, want)
     if wrong:
       raise UserError(f"{self._directory / str(step)} is of another config: {wrong}")
     found = self._read(**{item: ocp.args.StandardRestore(like), "meta": ocp.args.JsonRestore()})
@@ -133,7 +134,7 @@ class Checkpoints:
 
 def flatten(tree: dict) -> dict[str, np.ndarray]:
   """Nested dicts of arrays as {"a/b": array}."""
-  return {name: np.asarray(x) for name, x in _named(tree).items()}
+  return {name: np.asarray(x) for name, x in named(tree).items()}
 
 
 def save_arrays(path, arrays: dict[str, np.ndarray]) -> None:
@@ -225,9 +226,9 @@ def load_params(directory, like: dict, flag: str = "--checkpoint") -> dict:
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
       )[0]
   arrays = load_arrays(pathlib.Path(directory) / "params.npz")
-  want = _named(like)
+  want = named(like)
   shapes = lambda leaves: {name: str(list(x.shape)) for name, x in leaves.items()}
-  wrong = _first_difference(shapes(arrays), shapes(want))
+  wrong = first_difference(shapes(arrays), shapes(want))
   if wrong:
     raise UserError(f"{flag}: {directory}: {wrong}")
   values = [jnp.asarray(arrays[name].astype(x.dtype)) for name, x in want.items()]

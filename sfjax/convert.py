@@ -17,10 +17,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from sfjax import keys, streamed, umt5_keys, wan_keys, wan_vae_keys
+from sfjax.checkpoint import load_config
 from sfjax.config import Config, to_dataclass, to_dict
 from sfjax.errors import Parser, UserError, command
 from sfjax.model import ModelConfig
-from sfjax.runlog import write_json_atomic
+from sfjax.runlog import make_folder, write_json_atomic
 from sfjax.tensors import Stored, open_tensors
 from sfjax.umt5 import UMT5Config
 from sfjax.wan import wan_config
@@ -135,10 +136,10 @@ def write_official(folder: pathlib.Path, out: pathlib.Path) -> int:
   Raises:
     UserError: the folder is damaged or of another config.
   """
-  cfg = to_dataclass(Config, _read_config(folder), "config").model
+  cfg = to_dataclass(Config, load_config(folder, "SRC"), "SRC: config").model
   arrays, table = streamed.pieces(folder / "dit"), wan_keys.rules(cfg)
   keys.refuse(str(folder), "lacks", [n for n in table if n not in arrays])
-  out.mkdir(parents=True, exist_ok=True)
+  make_folder(out, "DST")
   shard, size, files, where = {}, 0, [], {}
 
   def flush():
@@ -163,13 +164,6 @@ def write_official(folder: pathlib.Path, out: pathlib.Path) -> int:
   index = {"metadata": {"total_size": total}, "weight_map": {name: final[i] for name, i in where.items()}}
   write_json_atomic(out / "diffusion_pytorch_model.safetensors.index.json", index)
   return len(where)
-
-
-def _read_config(folder: pathlib.Path) -> dict:
-  try:
-    return json.loads((folder / "config.json").read_text())
-  except (OSError, ValueError) as e:
-    raise UserError(f"{folder}: no readable config.json; want a folder that this command wrote") from e
 
 
 def _heads(source: pathlib.Path) -> int | None:

@@ -36,9 +36,10 @@ def renamed(tensors: Mapping, rename: Callable[[str], str], source: str) -> dict
   """The same tensors under other names. Raises UserError where two get the same one."""
   found = {}
   for name, x in tensors.items():
-    if rename(name) in found:
-      raise UserError(f"{source}: two tensors for {rename(name)}")
-    found[rename(name)] = x
+    new = rename(name)
+    if new in found:
+      raise UserError(f"{source}: two tensors for {new}")
+    found[new] = x
   return found
 
 

@@ -5,7 +5,7 @@ same functions in both cases.
 """
 
 import dataclasses
-import gc
+import functools
 import json
 import os
 import pathlib
@@ -58,8 +58,7 @@ def load_parts(directory) -> Parts:
     UserError: absent, damaged, of another config, or without one of its parts.
   """
   config = to_dataclass(Config, checkpoint.load_config(directory), "--checkpoint: config")
-  cpu = jax.devices()[0].platform == "cpu"
-  if cpu:  # bfloat16 is emulated there
+  if jax.devices()[0].platform == "cpu":  # bfloat16 is emulated there
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
   folder = pathlib.Path(directory)
   return _wan(folder, config) if (folder / "dit").is_dir() else _digits(folder, config)
@@ -84,38 +83,47 @@ def _digits(folder: pathlib.Path, config: Config) -> Parts:
 
 
 def _wan(folder: pathlib.Path, config: Config) -> Parts:
-  model = dataclasses.replace(config.model, param_dtype=config.model.dtype)
-  vae = WanVAE(dataclasses.replace(_sizes(folder, "vae", WanVAEConfig), dtype=model.dtype, param_dtype=model.dtype))
+  config, vae = in_compute_dtype(config, _sizes(folder, "vae", WanVAEConfig))
+  model = config.model
   text = dataclasses.replace(_sizes(folder, "text", UMT5Config), dtype=model.dtype, param_dtype=model.dtype)
   encoder = UMT5Encoder(str(folder / "tokenizer.json"), model.text_len, text)
-  pixels = wan.load_vae(folder, vae.config)
-
-  def embed(captions: list[str]) -> np.ndarray:  # loaded for prompts that are new, and gone again before sampling
-    params = wan.load_text(folder, text)
-    out = np.asarray(jax.jit(encoder.encode)(params, encoder.tokens(captions)))
-    del params
-    gc.collect()
-    return out
+  encode = jax.jit(encoder.encode)
 
   def embeddings(captions: list[str]):
     weights = f"{folder.resolve()} {(folder / 'text' / '_METADATA').stat().st_mtime_ns}"
     where = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sfjax" / "text"
     cache = TextCache(where, encoder.identity(weights), (model.text_len, text.dim), text.dtype)
-    return jnp.asarray(cache.embed(captions, embed, batch=8))
+    # Loaded where a prompt is new, once, and gone again before sampling.
+    params = functools.cache(lambda: wan.load_text(folder, text))
+    return jnp.asarray(cache.embed(captions, lambda some: np.asarray(encode(params(), encoder.tokens(some))), batch=8))
+
+  return wan_parts(config, vae, wan.load_dit(folder, model), wan.load_vae(folder, vae), encoder.tokens, embeddings)
+
+
+def in_compute_dtype(config: Config, vae: WanVAEConfig) -> tuple[Config, WanVAEConfig]:
+  """Both with weights held in the dtype that the DiT computes in."""
+  dtype = config.model.dtype
+  model = dataclasses.replace(config.model, param_dtype=dtype)
+  return dataclasses.replace(config, model=model), dataclasses.replace(vae, dtype=dtype, param_dtype=dtype)
+
+
+def wan_parts(config: Config, vae: WanVAEConfig, dit: dict, pixels: dict, check, text) -> Parts:
+  """Parts around Wan2.1's DiT. pixels: the VAE's weights. check, text: see `Parts`."""
+  codec = WanVAE(vae)
 
   def decode(state, latents, first):
-    state, out = vae.decode_chunk(pixels, state, latents, first)
+    state, out = codec.decode_chunk(pixels, state, latents, first)
     return state, to_uint8(out)
 
-  encode = jax.jit(lambda frames: vae.encode(pixels, from_uint8(frames)))
+  encode = jax.jit(lambda frames: codec.encode(pixels, from_uint8(frames)))
   return Parts(
-    config=dataclasses.replace(config, model=model),
-    dit=wan.load_dit(folder, model),
-    codec=vae,
-    check=encoder.tokens,
-    text=embeddings,
+    config=config,
+    dit=dit,
+    codec=codec,
+    check=check,
+    text=text,
     encode=lambda frames: encode(jnp.asarray(frames)),
-    start=lambda batch: vae.init_decoder_state(batch, *model.latent_size),
+    start=lambda batch: codec.init_decoder_state(batch, *config.model.latent_size),
     decode=jax.jit(decode, static_argnums=2, donate_argnums=0),
   )
 

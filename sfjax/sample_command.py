@@ -97,6 +97,7 @@ def run(argv: list[str]) -> None:
   sampler = sampling.Sampler(a.checkpoint, a.attention, a.steps, a.guidance)
   for flag, texts in a.texts.items():
     sampler.parts.check(texts, flag)
+  sampler.text(sum(a.texts.values(), []) or a.prompts)  # together: an encoder loaded for new prompts is loaded once
   fps, prefix, state, decoded = sampler.fps, None, None, None
   if a.image:
     prefix = read_image(a.image, sampler.size)[None, None]
@@ -164,13 +165,11 @@ def _load_state(path: str, like: KVMemory, codec) -> tuple[KVMemory, Any, str]:
     arrays = checkpoint.load_arrays(path)
   except UserError as e:
     raise UserError(f"--continue_state: {e}") from e
-  wanted = {"memory": dict(vars(like)), "codec": codec}
-  leaves, tree = jax.tree_util.tree_flatten_with_path(wanted)
+  wanted = dict(vars(like)) | {"codec": codec}
   found = []
-  for at, value in leaves:
-    name = jax.tree_util.keystr(at, simple=True, separator="/").removeprefix("memory/")
+  for name, value in checkpoint.named(wanted).items():
     if name not in arrays or arrays[name].shape != value.shape:
       raise UserError(f"--continue_state: {path} does not fit this model, --attention and --guidance ({name})")
     found.append(jax.numpy.asarray(arrays[name].astype(value.dtype)))
-  tree = jax.tree.unflatten(tree, found)
-  return like.replace(**tree["memory"]), tree["codec"], str(arrays.get("prompt", ""))
+  tree = jax.tree.unflatten(jax.tree.structure(wanted), found)
+  return like.replace(**{name: tree[name] for name in vars(like)}), tree["codec"], str(arrays.get("prompt", ""))

@@ -63,8 +63,10 @@ class Sampler:
 
   def text(self, prompts: list[str]):
     """Encoded prompts, and the null prompt if guidance needs it."""
-    null = self.parts.text([""]) if self.config.sampler.guidance != 1 else None
-    return self.parts.text(prompts), null
+    if self.config.sampler.guidance == 1:
+      return self.parts.text(prompts), None
+    rows = self.parts.text([*prompts, ""])
+    return rows[:-1], rows[-1:]
 
   def start(self, prompts: list[str], seed: int = 0) -> KVMemory:
     """An empty memory for a batch of prompts."""

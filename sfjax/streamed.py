@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
+from sfjax.checkpoint import first_difference, named
 from sfjax.errors import UserError
 
 
@@ -119,12 +120,10 @@ def restore(path, like):
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       found = checkpointer.metadata(path).item_metadata.tree
-      name = lambda leaf: jax.tree_util.keystr(leaf[0], simple=True, separator="/")
-      shapes = [{name(x): tuple(x[1].shape) for x in jax.tree_util.tree_leaves_with_path(t)} for t in (found, want)]
-      wrong = next((n for n in [*shapes[1], *shapes[0]] if shapes[0].get(n) != shapes[1].get(n)), None)
+      shapes = ({name: str(list(x.shape)) for name, x in named(tree).items()} for tree in (found, want))
+      wrong = first_difference(*shapes)
       if wrong:
-        has, wants = (s.get(wrong, "absent") for s in shapes)
-        raise UserError(f"{path} is of another config: {wrong} is {has}, this one wants {wants}")
+        raise UserError(f"{path} is of another config: {wrong}")
       return checkpointer.restore(path, want)
   except UserError:
     raise

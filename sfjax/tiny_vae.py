@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sfjax import keys
+from sfjax.checkpoint import named
 from sfjax.wan_vae import Conv, at_least_float32, per_frame, scan_frames
 
 
@@ -182,9 +183,8 @@ def from_official(cfg: TinyVAEConfig, arrays: Mapping[str, np.ndarray], source: 
   Raises:
     UserError: a weight is missing, unexpected or wrongly shaped.
   """
-  leaves, tree = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda: TinyVAE(cfg).init()))
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-  ours = {name(path): x.shape for path, x in leaves}
+  shapes = jax.eval_shape(lambda: TinyVAE(cfg).init())
+  ours = {name.removesuffix("/value"): x.shape for name, x in named(shapes).items()}
   arrays = {n: x for n, x in arrays.items() if not n.startswith("encoder.")}
   want, loaded = {}, {}
   for official, (where, point) in table(cfg).items():
@@ -200,4 +200,6 @@ def from_official(cfg: TinyVAEConfig, arrays: Mapping[str, np.ndarray], source: 
     loaded[f"{where}/kernel"] = kernel.reshape(ours[f"{where}/kernel"])
     if f"{where}/bias" in ours:
       loaded[f"{where}/bias"] = np.asarray(arrays[f"{official}.bias"])
-  return jax.tree.unflatten(tree, [np.ascontiguousarray(loaded[n], np.dtype(cfg.param_dtype)) for n in ours])
+  return jax.tree.unflatten(
+    jax.tree.structure(shapes), [np.ascontiguousarray(loaded[n], np.dtype(cfg.param_dtype)) for n in ours]
+  )

@@ -1,4 +1,4 @@
-"""Wan2.1's settings in this package: the sparse memory it is meant to run with, and the memories it is compared with."""
+"""Wan2.1's settings in this package, the sparse memory and those it is compared with; and its parts from a converted folder."""
 
 import dataclasses
 import pathlib
@@ -15,7 +15,7 @@ from sfjax.wan_vae import WanVAEConfig
 
 MEMORY = {
   "sparse": MemoryConfig(window=3, persistent=60, top_k=0.25, rope_cap=21),
-  "window": MemoryConfig(window=4),  # the same bytes
+  "window": MemoryConfig(window=4),  # about the same bytes
   "dense": MemoryConfig(window=7),  # 21 latents, Self-Forcing's cache
   "bidirectional": MemoryConfig(window=1),  # one chunk of 21 latents
 }

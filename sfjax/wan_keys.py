@@ -7,11 +7,12 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from sfjax import keys
-from sfjax.model import ModelConfig, init_dit
+from sfjax.checkpoint import named
+from sfjax.model import ModelConfig
+from sfjax.rollout import abstract_params
 from sfjax.tensors import Stored
 
 _LINEAR = {  # ours: official
@@ -75,8 +76,7 @@ def rules(cfg: ModelConfig) -> dict[str, Rule]:
   if cfg.importance_head:
     raise ValueError("importance_head: True; Wan's weights have none")
   same, turned, d = lambda x: x, lambda x: x.T, cfg.dim
-  leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_dit(cfg)[1]))
-  ours = {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x.shape for path, x in leaves}
+  ours = {name: x.shape for name, x in named(abstract_params(cfg)).items()}
   own = lambda name: ours[name][1:] if name.startswith("blocks/") else ours[name]
   patch = (d, cfg.latent_channels, 1, *cfg.patch)
   found = {

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from sfjax import keys
+from sfjax.checkpoint import named
 from sfjax.wan_vae import WanVAE, WanVAEConfig, decoder_plan, encoder_plan
 
 
@@ -87,9 +88,8 @@ def _layers(cfg: WanVAEConfig):
 
 def _ours(cfg: WanVAEConfig):
   """Our paths and shapes in the tree's order, and the tree's structure; no array is made."""
-  leaves, tree = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda: WanVAE(cfg).init()))
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-  return {name(path): x.shape for path, x in leaves}, tree
+  shapes = jax.eval_shape(lambda: WanVAE(cfg).init())
+  return {name.removesuffix("/value"): x.shape for name, x in named(shapes).items()}, jax.tree.structure(shapes)
 
 
 def table(cfg: WanVAEConfig) -> dict[str, Weight]:
@@ -149,8 +149,7 @@ def abstract(cfg: WanVAEConfig) -> dict:
 def parameters(cfg: WanVAEConfig, nested: dict) -> dict:
   """`WanVAE`'s params from arrays nested by path."""
   ours, tree = _ours(cfg)
-  leaves = jax.tree_util.tree_leaves_with_path(nested)
-  flat = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+  flat = named(nested)
   return jax.tree.unflatten(tree, [flat[name] for name in ours])
 
 

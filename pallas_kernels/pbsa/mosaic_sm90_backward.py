@@ -52,7 +52,7 @@ def backward_q(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, dout, 
         parts.over_columns(plgpu.load(x.at[wg], layout=parts.BY_ROW), (ROWS, columns)) for x in (lse_s, delta_s)
       )
 
-      at = lambda ring, i: ring.at[lax.rem(jnp.int32(i), jnp.int32(stages))]
+      at = parts.in_ring(stages)
 
       def scores(i, then):
         """then(s, dp), the products of step i's keys and values having started."""

@@ -52,7 +52,7 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
       plgpu.copy_gmem_to_smem(q_ref.at[mine, head], my_q, q_full.at[wg])
       plgpu.barrier_wait(q_full.at[wg])
 
-      at = lambda ring, i: ring.at[lax.rem(jnp.int32(i), jnp.int32(stages))]
+      at = parts.in_ring(stages)
 
       def scores(i, then):
         """then(s), the product of step i's scores having started."""

@@ -132,6 +132,11 @@ def ring(stages: int, copies: int):
   )
 
 
+def in_ring(stages: int):
+  """(ring, step) -> the step's slot of a ring of so many."""
+  return lambda ring, step: ring.at[lax.rem(jnp.int32(step), jnp.int32(stages))]
+
+
 def produce(first, last, stages: int, free, load):
   """Fills the ring's slots for steps first..last - 1, each as soon as its readers are done with it.
 
@@ -155,7 +160,7 @@ def drain(steps, stages: int, free):
   @pl.loop(jnp.maximum(steps - stages, 0), steps)
   def _(step):
     for barrier in free:
-      plgpu.barrier_wait(barrier.at[lax.rem(step, jnp.int32(stages))])
+      plgpu.barrier_wait(in_ring(stages)(barrier, step))
 
 
 def fetch(steps, stages: int, free, load):

@@ -38,7 +38,7 @@ def state(seed=0):
 
 def bits(tree):
   raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-  return {name: (str(x.dtype), x.shape, np.asarray(raw(x)).tobytes()) for name, x in checkpoint._named(tree).items()}
+  return {name: (str(x.dtype), x.shape, np.asarray(raw(x)).tobytes()) for name, x in checkpoint.named(tree).items()}
 
 
 def save(directory, *steps, **options):
@@ -163,7 +163,7 @@ def test_params_of_a_training_run(tmp_path):
 
 
 def test_arrays_are_bit_for_bit(tmp_path):
-  arrays = {name: np.asarray(x) for name, x in checkpoint._named(state() | {"keys": jnp.zeros(1)}).items()}
+  arrays = {name: np.asarray(x) for name, x in checkpoint.named(state() | {"keys": jnp.zeros(1)}).items()}
   save_arrays(tmp_path / "a.npz", arrays)
   assert bits(load_arrays(tmp_path / "a.npz")) == bits(arrays)
   assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
