@@ -33,12 +33,13 @@ def _check(q, k, v, ids, counts, prefix_blocks, prefix_k, kv_valid, layer, kv_gr
   for name, x in (("k", k), ("v", v), ("prefix_k", prefix_k)):
     if x is not None and x.dtype != q.dtype:
       raise ValueError(f"{name}: dtype {x.dtype}; want q's dtype {q.dtype}")
-  if prefix_k is not None and (
-    prefix_k.ndim != 4 or prefix_k.shape[0] != b or prefix_k.shape[1] % BLOCK or prefix_k.shape[2:] != (n, h)
-  ):
-    raise ValueError(f"prefix_k: shape {prefix_k.shape}; want [B,{BLOCK} x blocks,N,H] = [{b},..,{n},{h}]")
-  if prefix_k is not None and prefix_k.shape[1] > k.shape[-3]:
-    raise ValueError(f"prefix_k: {prefix_k.shape[1]} slots; want at most S = {k.shape[-3]}")
+  if prefix_k is not None:
+    own = prefix_k.shape
+    if (*own[:-3], *own[-2:]) != (*k.shape[:-3], n, h) or own[-3] % BLOCK:
+      layers = "L," * (layer is not None)
+      raise ValueError(f"prefix_k: shape {own}; want [{layers}B,{BLOCK} x blocks,N,H] = [{layers}{b},..,{n},{h}]")
+    if own[-3] > k.shape[-3]:
+      raise ValueError(f"prefix_k: {own[-3]} slots; want at most S = {k.shape[-3]}")
   if ids.ndim != 4 or ids.shape[:3] != (b, n, t // TILE):
     raise ValueError(f"block_ids: shape {ids.shape}; want [B,N,Q,Kmax] = [{b},{n},{t // TILE},Kmax]")
   if counts.shape != ids.shape[:3]:
@@ -49,7 +50,7 @@ def _check(q, k, v, ids, counts, prefix_blocks, prefix_k, kv_valid, layer, kv_gr
   if not 1 <= kv_valid <= BLOCK:
     raise ValueError(f"kv_valid: {kv_valid}; want 1..{BLOCK}")
   blocks = k.shape[-3] // BLOCK
-  most = blocks if prefix_k is None else min(blocks, prefix_k.shape[1] // BLOCK)
+  most = blocks if prefix_k is None else min(blocks, prefix_k.shape[-3] // BLOCK)
   if isinstance(prefix_blocks, int) and not 0 <= prefix_blocks <= most:
     raise ValueError(f"prefix_blocks: {prefix_blocks}; want 0..{most}, the blocks of k (and of prefix_k)")
   if kv_grad_range is not None and not 0 <= kv_grad_range[0] <= kv_grad_range[1] < blocks:
@@ -64,7 +65,7 @@ def pbsa(
   block_counts: Int32[Array, "B N Q"],
   *,
   prefix_blocks: int | Int32[Array, ""] = 0,
-  prefix_k: Float[Array, "B P N H"] | None = None,
+  prefix_k: Float[Array, "*L B P N H"] | None = None,
   kv_valid: int = BLOCK,
   layer: Int32[Array, ""] | None = None,
   scale: float | None = None,
@@ -80,7 +81,7 @@ def pbsa(
     block_ids: blocks a tile reads besides the prefix, ascending and unique in the first `block_counts` entries.
     block_counts: how many entries of each list count; the rest are ignored.
     prefix_blocks: blocks 0..prefix_blocks-1 are read by every tile and are not listed.
-    prefix_k: keys used for the prefix instead of k's own.
+    prefix_k: keys used for the prefix instead of k's own; stacked over layers where k is.
     kv_valid: slots of every block that hold a token; the others never count, but must hold finite numbers, say zeros.
     scale: multiplies the logits; 1/sqrt(H) by default.
     kv_grad_range: first and last block (inclusive) that receive dk and dv; the others get zero.
@@ -119,7 +120,8 @@ def pbsa(
     if reason is None:
       return cudnn.pbsa_cudnn(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, scale)
   if layer is not None:
-    k, v = (_forward_only(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)) for x in (k, v))
+    one = lambda x: None if x is None else _forward_only(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False))
+    k, v, prefix_k = map(one, (k, v, prefix_k))
   out, lse = pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, scale, kv_grad_range)
   return (out, lse) if return_lse else out
 

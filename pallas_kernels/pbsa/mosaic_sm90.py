@@ -29,7 +29,7 @@ def unsupported(device: jax.Device, q, scale: float) -> str | None:
 
 
 def pbsa_mosaic(call: Call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks, layer=None):
-  """See `api.pbsa`; with `layer`, k and v are [L,B,S,N,H] and nothing is differentiable.
+  """See `api.pbsa`; with `layer`, k, v and prefix_k are [L,B,..,N,H] and nothing is differentiable.
 
   Returns out in q's dtype and lse float32 [B,N,T].
   """

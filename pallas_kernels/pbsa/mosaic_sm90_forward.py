@@ -21,7 +21,7 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
   """Runs the kernel.
 
   Args:
-    q: [B,T,N,H]. k, v: [B,S,N,H], or [L,B,S,N,H] with layer int32 [1]. prefix_k: [B,P,N,H] or None.
+    q: [B,T,N,H]. k, v: [B,S,N,H], or [L,B,S,N,H] with layer int32 [1]. prefix_k: [B,P,N,H], [L,B,P,N,H] or None.
     ids, counts: the lists. prefix_blocks: int32 [1].
     remainder: also return what rounding took from out, so that out + rest is right to 16 bits or more.
 

@@ -56,7 +56,7 @@ def flat(x):
 def memory(k, v, prefix_k):
   """A kernel's inputs for the keys and values, as rows, and their slots: (S, P), where P = 0 stands for no prefix_k."""
   rows = tuple(map(flat, (k, v, k if prefix_k is None else prefix_k)))
-  return rows, (k.shape[-3], 0 if prefix_k is None else prefix_k.shape[1])
+  return rows, (k.shape[-3], 0 if prefix_k is None else prefix_k.shape[-3])
 
 
 def launch(body, call: Call, out_type, grid: dict[str, int], **scratch):
@@ -191,7 +191,8 @@ def walk(call: Call, width: int, where, slots: tuple[int, int], refs, k_s, v_s, 
   b, n, tile = where
   prefix, loaded = prefix_blocks[0], call.loaded(width)
   blocks = prefix + counts[b, n, tile]
-  first = (layer[0] * counts.shape[0] + b) * slots[0]
+  row_of_batch = layer[0] * counts.shape[0] + b
+  first = row_of_batch * slots[0]
 
   def load(step, slot):
     at = [jnp.minimum(step * width + i, blocks - 1) for i in range(width)]  # past the end: the last block again
@@ -207,7 +208,7 @@ def walk(call: Call, width: int, where, slots: tuple[int, int], refs, k_s, v_s, 
         own = functools.partial(copy, k, first, block[i], k_s, k_full, i)
         if slots[1]:
           pl.when(at[i] >= prefix)(own)
-          pl.when(at[i] < prefix)(functools.partial(copy, prefix_k, b * slots[1], at[i], k_s, k_full, i))
+          pl.when(at[i] < prefix)(functools.partial(copy, prefix_k, row_of_batch * slots[1], at[i], k_s, k_full, i))
         else:
           own()
 

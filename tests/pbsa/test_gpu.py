@@ -81,7 +81,9 @@ def test_mosaic_special_calls():
   plain = attend("mosaic_sm90", *x)
   for a, w in zip(attend(None, *x), plain, strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(w))
-  stacked = attend("mosaic_sm90", x[0], *(jnp.stack([0 * a, a, -a]) for a in x[1:]), layer=jnp.int32(1))
+  stacked = attend(
+    "mosaic_sm90", x[0], *(jnp.stack([0 * a, a, -a]) for a in x[1:]), layer=jnp.int32(1)
+  )  # prefix_k, too
   np.testing.assert_array_equal(np.asarray(plain[0]), np.asarray(stacked[0]))
   full = value_and_gradients(functools.partial(attend, "mosaic_sm90"), x, cotangents)
   part = value_and_gradients(functools.partial(attend, "mosaic_sm90", kv_grad_range=(20, 99)), x, cotangents)

@@ -100,10 +100,12 @@ def test_forward_matches_oracle(interpret, h, dtype, valid, prefix, own_keys, co
 
 
 def test_stacked_layer(interpret):
-  q, k, v = draw(3, (2, 128, 2, 64), *[(3, 2, 256, 2, 64)] * 2)
+  q, k, v, own = draw(3, (2, 128, 2, 64), *[(3, 2, 256, 2, 64)] * 2, (3, 2, 64, 2, 64))
   ids, counts = lists(4, [[[1], [2]], [[3], [0]]], 1, 4)
-  out, _ = pbsa_mosaic(Call(0.1, 60, interpret=interpret), q, k, v, None, ids, counts, 1, jnp.int32(2))
-  close(out, oracle(q, k[2], v[2], ids, counts, prefix_blocks=1, kv_valid=60, scale=0.1)[0], 3e-3)
+  for prefix_k in (None, own):
+    out, _ = pbsa_mosaic(Call(0.1, 60, interpret=interpret), q, k, v, prefix_k, ids, counts, 1, jnp.int32(2))
+    keys = None if prefix_k is None else prefix_k[2]
+    close(out, oracle(q, k[2], v[2], ids, counts, prefix_blocks=1, prefix_k=keys, kv_valid=60, scale=0.1)[0], 3e-3)
   assert no_races()
 
 
@@ -185,7 +187,7 @@ def test_lowers_for_cuda(shape, gradient):
   lowered = jax.jit(jax.grad(attend, range(4)) if gradient else attend).trace(
     of(2, tiles * 128, n, h),
     *[of(*stack, 2, blocks * 64, n, h)] * 2,
-    of(2, prefix * 64, n, h),
+    of(*stack, 2, prefix * 64, n, h),
     of(2, n, tiles, kmax, dtype=jnp.int32),
     of(2, n, tiles, dtype=jnp.int32),
     of(dtype=jnp.int32),

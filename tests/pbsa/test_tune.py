@@ -70,22 +70,27 @@ def test_the_fastest_wins_and_is_found_again(tmp_path, monkeypatch):
 
   def fake(call, wait, runs):
     c = call.config
-    if c.dq_width == 2:
+    if c.dq_width == 4:
       raise RuntimeError("spills")
-    return {"ms": abs(c.forward_stages - 3) + c.forward_width + c.dq_stages + 1 / c.dkv_blocks}
+    return {"ms": abs(c.forward_stages - 3) + c.forward_width + c.dq_stages + c.dq_width + 1 / c.dkv_blocks}
 
   monkeypatch.setattr(tune, "timed", fake)
-  entry = tune.tune(128, 60, 1)
-  want = dict(forward_stages=3, forward_width=1, dq_stages=2, dq_width=1, dkv_blocks=4)
+  entry = tune.tune(64, 48, 1)
+  want = dict(forward_stages=3, forward_width=1, dq_stages=3, dq_width=1, dkv_blocks=4)
   assert entry["config"].items() >= want.items()
-  assert "spills" in entry["ms"]["dq"]["dq_stages 2, dq_width 2"]
+  assert "spills" in entry["ms"]["dq"]["dq_stages 3, dq_width 4"]
   path = configs.tuned_file("Some GPU-7 80GB")
   assert path == tmp_path / "some_gpu_7_80gb.json"
   tune.write(path, "Some GPU-7 80GB", [{"head_dim": 64, "kv_valid": 60, "config": entry["config"]}, entry])
   tune.write(path, "Some GPU-7 80GB", [entry])
   assert len(json.loads(path.read_text())["entries"]) == 2
-  assert dataclasses.asdict(configs.choose_config(128, 60, "Some GPU-7 80GB")) == entry["config"]
-  assert configs.choose_config(128, 61, "Some GPU-7 80GB") == configs.heuristic(128, 61)
+  assert dataclasses.asdict(configs.choose_config(64, 48, "Some GPU-7 80GB")) == entry["config"]
+  assert configs.choose_config(64, 49, "Some GPU-7 80GB") == configs.heuristic(64, 49)
+
+
+def test_a_ring_in_which_dq_would_wait_for_ever_is_refused():
+  with pytest.raises(ValueError, match="dq_stages: 2; want 3 or more"):
+    configs.Config(dq_stages=2)
 
 
 @pytest.mark.parametrize(

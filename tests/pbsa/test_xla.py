@@ -111,6 +111,9 @@ def test_stacked_layer_is_forward_only():
   ks, vs = np.stack([v, k]), np.stack([k, v])
   out = pbsa(q, ks, vs, ids, counts, layer=jnp.int32(1))
   np.testing.assert_array_equal(out, pbsa(q, k, v, ids, counts))
+  own = v[:, :64]
+  out = pbsa(q, ks, vs, ids, counts, prefix_blocks=1, prefix_k=np.stack([0 * own, own]), layer=jnp.int32(1))
+  np.testing.assert_array_equal(out, pbsa(q, k, v, ids, counts, prefix_blocks=1, prefix_k=own))
   with pytest.raises(NotImplementedError, match="layer"):
     jax.grad(lambda k: pbsa(q, k, vs, ids, counts, layer=jnp.int32(1)).sum())(ks)
 
