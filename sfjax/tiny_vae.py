@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from sfjax import keys
 from sfjax.checkpoint import named
-from sfjax.wan_vae import Conv, at_least_float32, per_frame, scan_frames
+from sfjax.wan_vae import Conv, at_least_float32, scan_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class TinyDecoder(nnx.Module):
 
 
 def _same(conv, x):
-  return per_frame(lambda y: conv(y, padding=((1, 1), (1, 1))), x)
+  return conv(x, padding=((1, 1), (1, 1)))
 
 
 @functools.cache

@@ -19,6 +19,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from pallas_kernels.frames import normed_frames
+
 # fmt: off
 _MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
          0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -99,37 +101,62 @@ def _precision(x):
 
 
 class Conv(nnx.Module):
-  """A convolution. `size`: the kernel in (time and) space, or () for a map of each position's channels."""
+  """A convolution. `size`: the kernel in (time and) space, or () for a map of each position's channels.
+
+  In time it is one of images that hold several frames' channels side by side, or, where it gives few channels, one that gives
+  every frame's share in several: cuDNN takes images as they lie, channels last, and turns clips around before and after.
+  """
 
   def __init__(self, cfg, size: tuple[int, ...], c_in: int, c_out: int, rngs: nnx.Rngs, bias: bool = True):
     dtype = jnp.dtype(cfg.param_dtype)
     self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (*size, c_in, c_out), dtype))
     self.bias = nnx.Param(jnp.zeros((c_out,), dtype)) if bias else None
 
-  def __call__(self, x, strides=None, padding=None):
-    """x [*B, *positions, C]; default: stride 1, no padding."""
+  def __call__(self, x, stride: int = 1, padding=((0, 0), (0, 0)), step: int = 1):
+    """x [*B, *positions, C]. stride, padding: in space. step: frames from one output frame to the next."""
     kernel = self.kernel[...].astype(x.dtype)
-    n, precision = kernel.ndim - 2, _precision(x)
-    if n:
-      dims = ("NDHWC", "DHWIO", "NDHWC") if n == 3 else ("NHWC", "HWIO", "NHWC")
-      strides, padding = strides or (1,) * n, padding or ((0, 0),) * n
-      y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dims, precision=precision)
-    else:
-      y = jnp.matmul(x, kernel, precision=precision)
-    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    if kernel.ndim == 2:
+      return self._biased(jnp.matmul(x, kernel, precision=_precision(x)))
+    if kernel.ndim == 4:
+      return self._biased(_of_images(x, kernel, stride, padding))
+    n, *size, c_in, c_out = kernel.shape
+    frames = [slice(i, x.shape[1] - n + 1 + i, step) for i in range(n)]  # of the kernel's i-th, for all outputs
+    if n * c_out >= c_in:
+      return self.of_windows(jnp.concatenate([x[:, those] for those in frames], -1), stride, padding)
+    y = _of_images(x, jnp.moveaxis(kernel, 0, 3).reshape(*size, c_in, n * c_out), stride, padding)
+    shares = jnp.split(at_least_float32(y), n, -1)
+    return self._biased(sum(y[:, those] for y, those in zip(shares, frames, strict=True)).astype(x.dtype))
+
+  def of_windows(self, x, stride: int = 1, padding=((0, 0), (0, 0))):
+    """One in time, of the frames that each output frame sees, side by side: [B,f,h,w,n C]."""
+    kernel = jnp.moveaxis(self.kernel[...].astype(x.dtype), 0, 2)
+    return self._biased(_of_images(x, kernel.reshape(*kernel.shape[:2], x.shape[-1], -1), stride, padding))
+
+  def _biased(self, y):
+    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
-def per_frame(fn, x):
-  """fn of the frames [B f,h,w,C] of x [B,f,h,w,C]."""
-  y = fn(x.reshape(-1, *x.shape[2:]))
-  return y.reshape(*x.shape[:2], *y.shape[1:])
+def _of_images(x, kernel, stride: int, padding):
+  """A convolution of the images [h,w,C] of x."""
+  y = jax.lax.conv_general_dilated(
+    x.reshape(-1, *x.shape[-3:]),
+    kernel,
+    (stride, stride),
+    padding,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    precision=_precision(x),
+  )
+  return y.reshape(*x.shape[:-3], *y.shape[1:])
+
+
+def _no_frames(x, n: int):
+  """n frames like those of x, of zeros."""
+  return jnp.zeros((x.shape[0], n, *x.shape[2:]), x.dtype)
 
 
 def _extended(past, x, n: int):
   """The last n input frames of the step before (None: there is none yet, zeros), and then this step's."""
-  if past is None:
-    past = jnp.zeros((x.shape[0], n, *x.shape[2:]), x.dtype)
-  return jnp.concatenate([past, x], 1)
+  return jnp.concatenate([_no_frames(x, n) if past is None else past, x], 1)
 
 
 # A layer: (x [B,f,h,w,C], past, first) -> (x, past); past is its state, () for none; first: this is the video's first frame.
@@ -143,7 +170,14 @@ class CausalConv(Conv):
 
   def __call__(self, x, past, first):
     x = _extended(past, x, 2)
-    return super().__call__(x, padding=((0, 0), (1, 1), (1, 1))), x[:, -2:]
+    return super().__call__(x, padding=((1, 1), (1, 1))), x[:, -2:]
+
+  def after(self, norm: Norm, x, past):
+    """What this makes of silu(norm(x)), and its state."""
+    past = _no_frames(x, 2) if past is None else past
+    gamma = norm.gamma[...].astype(jnp.promote_types(x.dtype, jnp.float32))
+    x, past = normed_frames(x, past, math.sqrt(x.shape[-1]) * gamma)
+    return self.of_windows(x, padding=((1, 1), (1, 1))), past
 
 
 class Residual(nnx.Module):
@@ -156,8 +190,8 @@ class Residual(nnx.Module):
 
   def __call__(self, x, past, first):
     past1, past2 = past or (None, None)
-    y, past1 = self.conv1(jax.nn.silu(self.norm1(x)), past1, first)
-    y, past2 = self.conv2(jax.nn.silu(self.norm2(y)), past2, first)
+    y, past1 = self.conv1.after(self.norm1, x, past1)
+    y, past2 = self.conv2.after(self.norm2, y, past2)
     return (self.shortcut(x) if self.shortcut else x) + y, (past1, past2)
 
 
@@ -189,14 +223,14 @@ class Up(nnx.Module):
   def __call__(self, x, past, first):
     b, f, h, w, c = x.shape
     if self.time_conv and first:
-      past = jnp.zeros((b, 2, h, w, c), x.dtype)
+      past = _no_frames(x, 2)
     elif self.time_conv:
       x = _extended(past, x, 2)
       past = x[:, -2:]
       x = self.time_conv(x).reshape(b, f, h, w, 2, c)  # even frames, odd frames
       x = x.transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * f, h, w, c)
     x = jnp.repeat(jnp.repeat(x, 2, 2), 2, 3)
-    return per_frame(lambda y: self.conv(y, padding=((1, 1), (1, 1))), x), past if self.time_conv else ()
+    return self.conv(x, padding=((1, 1), (1, 1))), past if self.time_conv else ()
 
 
 class Down(nnx.Module):
@@ -207,11 +241,11 @@ class Down(nnx.Module):
     self.conv = Conv(cfg, (3, 3), c, c, rngs)
 
   def __call__(self, x, past, first):
-    x = per_frame(lambda y: self.conv(y, strides=(2, 2), padding=((0, 1), (0, 1))), x)
+    x = self.conv(x, stride=2, padding=((0, 1), (0, 1)))
     if not self.time_conv:
       return x, ()
     last = x[:, -1:]
-    return (x if first else self.time_conv(_extended(past, x, 1), strides=(2, 1, 1))), last
+    return (x if first else self.time_conv(_extended(past, x, 1), step=2)), last
 
 
 _BLOCKS = {"residual": Residual, "up": Up, "down": Down}
@@ -269,6 +303,13 @@ class Decoder(nnx.Module):
 @functools.cache
 def _graphs(cfg: WanVAEConfig):
   return tuple(nnx.graphdef(nnx.eval_shape(functools.partial(part, cfg), nnx.Rngs(0))) for part in (Encoder, Decoder))
+
+
+@functools.cache
+def _state_shapes(cfg: WanVAEConfig, part: int, shape: tuple[int, ...]):
+  """What the encoder (0) or decoder (1) leaves behind after a first input of that shape."""
+  module, x = (Encoder, Decoder)[part], jax.ShapeDtypeStruct(shape, jnp.dtype(cfg.dtype))
+  return jax.eval_shape(lambda x: module(cfg, nnx.Rngs(0))(x, None, True)[1], x)
 
 
 def scan_frames(step, state, x):
@@ -378,11 +419,7 @@ class WanVAE:
     return jnp.asarray(self.config.mean, dtype), 1 / jnp.asarray(self.config.std, dtype)
 
   def _zeros(self, part: int, shape: tuple[int, ...]):
-    cfg = self.config
-    x = jax.ShapeDtypeStruct(shape, jnp.dtype(cfg.dtype))
-    module = (Encoder, Decoder)[part]
-    shapes = jax.eval_shape(lambda x: module(cfg, nnx.Rngs(0))(x, None, True)[1], x)
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _state_shapes(self.config, part, shape))
 
 
 def parameter_count(cfg: WanVAEConfig) -> int:
