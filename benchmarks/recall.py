@@ -112,10 +112,11 @@ def recalled(config: Config, params: dict, key: Array, hide: int) -> Int[Array, 
   memory = rollout.start(MODEL, config.memory, params["dit"], text)
 
   def append(m, chunk):
-    return rollout.append_chunk(MODEL, config.memory, params["dit"], m, chunk), None
+    return rollout.append_chunk(MODEL, config.memory, params["dit"], m, chunk, in_place=True), None
 
   memory, _ = jax.lax.scan(append, memory, jnp.moveaxis(x[:, :n], 1, 0))
-  out, _ = rollout.rollout_chunk(MODEL, config.memory, config.sampler, params["dit"], memory, key, jnp.arange(size))
+  play = functools.partial(rollout.rollout_chunk, MODEL, config.memory, config.sampler, in_place=True)
+  out, _ = play(params["dit"], memory, key, jnp.arange(size))
   tiles = out.mean(1)[..., :3].reshape(size, 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(size, 4, 4, 4, 3)
   seen = tiles[jnp.arange(size), truth["place"]]
   score = jnp.einsum("bhwc,khwc->bk", seen, PATTERNS)

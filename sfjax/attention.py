@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK, pbsa
 from sfjax import memory as kv
-from sfjax.model import ModelConfig
+from sfjax.model import ModelConfig, dense_attention
 from sfjax.rope import turn_forward
 from sfjax.routing import (
   MemoryConfig,
@@ -33,16 +33,26 @@ from sfjax.routing import (
 )
 
 
-def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool):
-  """Attends from one chunk to the memory (a `KVMemory`, begun for that chunk, as layer input).
+def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix_k=None):
+  """Attends from one chunk to the memory, begun for that chunk. The layer input is a `KVMemory` and the layer's index.
 
-  A denoising step changes nothing and returns aux None; the commit pass returns a `Commit`.
+  The memory's slots come in one of two ways. As part of the layer input, that of the layer: nothing is changed, and all is
+  differentiable. Or as the carry, (k, v) of all layers, the index telling which: the chunk is written there, in place where
+  the carry is donated, and no slot is copied; forward only. The commit pass returns a `Commit`, with k and v only where the
+  carry does not hold them already; a denoising step returns None.
+
+  prefix_k: with the carry, `memory.persistent_keys` of all layers, found once for all passes of a chunk.
   """
   layout = model.layout
 
-  def attend(block, m: kv.KVMemory, q, k, v):
+  def attend(block, slots, given: tuple[kv.KVMemory, Int32[Array, ""]], q, k, v):
+    m, layer = given
     q, k, v = (layout.pack(x[:, 0]) for x in (q, k, v))
-    m = kv.write_chunk(model, cfg, m, k, v)
+    if slots is None:
+      layer = None
+    else:
+      m = m.replace(k=slots[0], v=slots[1])
+    m = kv.write_chunk(model, cfg, m, k, v, layer)
     q_pooled = pool_queries(q, layout, cfg.route_parts)
     if cfg.selects or layout.blocks > layout.full_blocks:
       ids, counts = kv.route(model, cfg, m, q_pooled)
@@ -51,15 +61,17 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool):
       ids = jnp.zeros((q.shape[0], model.heads, layout.blocks // 2, 0), jnp.int32)
       counts = jnp.zeros(ids.shape[:3], jnp.int32)
       prefix = jnp.minimum(m.chunk + 1, cfg.window) * layout.blocks
-    prefix_k = kv.persistent_keys(model, cfg, m)
-    out = pbsa(q, m.k, m.v, ids, counts, prefix_blocks=prefix, prefix_k=prefix_k, kv_valid=layout.valid)
+    keys = kv.persistent_keys(model, cfg, m) if slots is None else prefix_k
+    out = pbsa(q, m.k, m.v, ids, counts, prefix_blocks=prefix, prefix_k=keys, kv_valid=layout.valid, layer=layer)
     aux = None
     if commit:
       nb = layout.blocks
       own = jax.lax.dynamic_slice_in_dim(m.pooled, cfg.persistent + (m.chunk % cfg.window) * nb, nb, 1)
       content = block_content(v, layout)
-      aux = kv.Commit(k, v, own, kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled))
-    return layout.unpack(out)[:, None], aux
+      score = kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled)
+      aux = kv.Commit(*((k, v) if slots is None else (None, None)), own, score)
+    out = layout.unpack(block.self_attn.out(out))[:, None]
+    return out, None if slots is None else (m.k, m.v), aux
 
   return attend
 
@@ -89,7 +101,7 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
   layout, n, nb, c = model.layout, chunks, model.layout.blocks, cfg.persistent
   turning = c > 0 and cfg.rope_cap is not None and (n - 1) * model.chunk_frames > cfg.rope_cap
 
-  def attend(block, rng, q, k, v):
+  def attend(block, carry, rng, q, k, v):
     b, streams, _, heads, dim = q.shape
     rows = q, k, v
     q, k, v = (layout.pack(x) for x in rows)  # [B,G,Sc,N,H]
@@ -101,7 +113,7 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
       loss = importance_loss(model, later or cfg.window, n, predicted, q_pooled[:, -n:], k_pooled[:, :-n])
     if not cfg.selects:
       nobody = jnp.zeros((b, n, heads, 0), jnp.int32)
-      return _window_attention(cfg, n, *rows), Parallel(nobody, None, None, loss)
+      return block.self_attn.out(_window_attention(cfg, n, *rows)), carry, Parallel(nobody, None, None, loss)
     plan = _plan(model, cfg, n, block.log_importance, content, q_pooled, k_pooled, rng, segments=turning)
     flat = lambda x: x.reshape(b, -1, heads, dim)
     keys, values = flat(k), flat(v)
@@ -113,8 +125,8 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
       keys = jnp.concatenate([keys, turn_forward(gather(keys), delta)], 1)
       values = jnp.concatenate([values, gather(values)], 1)
     out = pbsa(flat(q), keys, values, plan.ids, plan.counts, kv_valid=layout.valid)
-    out = layout.unpack(out.reshape(b, streams, layout.slots, heads, dim))
-    return out, plan._replace(importance_loss=loss)
+    out = layout.unpack(block.self_attn.out(out.reshape(b, streams, layout.slots, heads, dim)))
+    return out, carry, plan._replace(importance_loss=loss)
 
   return attend
 
@@ -122,7 +134,6 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
 def _window_attention(cfg: MemoryConfig, n: int, q, k, v) -> Float[Array, "B G T N H"]:
   """The parallel form of a memory that selects nothing: every chunk attends to its whole window, no lists needed."""
   b, rows, given = *q.shape[:2], q.shape[1] - n
-  fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2  # no score leaves the chip
   chunk = [*range(given), *range(n)]
   out = [None] * rows
   for size in range(1, min(cfg.window, n) + 1):  # rows that read equally many chunks, side by side
@@ -132,7 +143,7 @@ def _window_attention(cfg: MemoryConfig, n: int, q, k, v) -> Float[Array, "B G T
     q_s = jnp.stack([q[:, row] for row in same], 1)
     k_s, v_s = (jnp.stack([window(x, *w) for w in zip(same, before, strict=True)], 1) for x in (k, v))
     q_s, k_s, v_s = (x.reshape(b * len(same), -1, *q.shape[3:]) for x in (q_s, k_s, v_s))
-    found = jax.nn.dot_product_attention(q_s, k_s, v_s, implementation="cudnn" if fused else "xla")
+    found = dense_attention(q_s, k_s, v_s)
     for row, x in zip(same, jnp.unstack(found.reshape(b, len(same), *q.shape[2:]), axis=1), strict=True):
       out[row] = x
   return jnp.stack(out, 1)

@@ -90,17 +90,19 @@ def flow_loss(
   return (error.astype(jnp.float32) ** 2).mean((-3, -2, -1))
 
 
-def denoise(model: ModelConfig, sampler: SamplerConfig, predict, noise, key: Array, known=None, known_frames=None):
+def denoise(
+  model: ModelConfig, sampler: SamplerConfig, predict, noise, key: Array, known=None, known_frames=None, state=None
+):
   """Denoises one chunk.
 
   Args:
-    predict: (x [B,F,h,w,C], sigma [B,F]) -> network output, guidance included.
+    predict: (x [B,F,h,w,C], sigma [B,F], state) -> (network output, guidance included; state).
     noise: the starting noise [B,F,h,w,C]. key: a key for each row [B], for re-noising.
     known: clean latents of conditioning frames; known_frames: bool [F], which of them are given. Known frames are held at
-      sigma 0 throughout.
+      sigma 0 throughout. state: a pytree that goes from step to step.
 
   Returns:
-    Clean latents [B,F,h,w,C].
+    Clean latents [B,F,h,w,C], and the state after the last step.
   """
   sigmas = jnp.asarray(sampler.sigmas)
   frames = noise.shape[:2]
@@ -112,18 +114,20 @@ def denoise(model: ModelConfig, sampler: SamplerConfig, predict, noise, key: Arr
     s = jnp.full(frames, sigma)
     return s if known is None else jnp.where(known_frames, 0.0, s)
 
-  def euler(x, i):
-    now, after = sigmas[i], sigmas[i + 1]
-    x = clamp(x)
-    v = to_velocity(model, predict(x, level(now)), x, jnp.full(frames, now))
-    return x + (after - now) * v, None
+  def euler(x, out, i):
+    v = to_velocity(model, out, x, jnp.full(frames, sigmas[i]))
+    return x + (sigmas[i + 1] - sigmas[i]) * v
 
-  def few_step(x, i):
-    now, after = sigmas[i], sigmas[i + 1]
-    x = clamp(x)
-    x0 = to_x0(model, predict(x, level(now)), x, jnp.full(frames, now))
+  def few_step(x, out, i):
+    x0 = to_x0(model, out, x, jnp.full(frames, sigmas[i]))
     fresh = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i + 1), x.shape[1:], x.dtype))(key)
-    return add_noise(x0, fresh, jnp.full(frames, after)), None
+    return add_noise(x0, fresh, jnp.full(frames, sigmas[i + 1]))
 
-  x, _ = jax.lax.scan(euler if sampler.kind == "euler" else few_step, noise, jnp.arange(sampler.steps))
-  return clamp(x)
+  def step(carry, i):
+    x, state = carry
+    x = clamp(x)
+    out, state = predict(x, level(sigmas[i]), state)
+    return ((euler if sampler.kind == "euler" else few_step)(x, out, i), state), None
+
+  (x, state), _ = jax.lax.scan(step, (noise, state), jnp.arange(sampler.steps))
+  return clamp(x), state

@@ -56,10 +56,10 @@ class KVMemory:
 
 
 class Commit(NamedTuple):
-  """What a layer's clean pass hands to `commit_chunk`."""
+  """What a layer's clean pass hands to `commit_chunk`; k and v are None where the memory holds them already."""
 
-  k: Float[Array, "*L B Sc N H"]
-  v: Float[Array, "*L B Sc N H"]
+  k: Float[Array, "*L B Sc N H"] | None
+  v: Float[Array, "*L B Sc N H"] | None
   pooled: Float[Array, "*L B nb A N H"]
   score: Float[Array, "*L B N R"]
 
@@ -144,15 +144,21 @@ def begin_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> KVMemory:
   return m.replace(origin=jax.lax.dynamic_update_slice_in_dim(m.origin, own, first, 2))
 
 
-def write_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, k, v) -> KVMemory:
-  """Puts the current chunk's k and v (slots, [B,Sc,N,H]) and pooled keys into its ring slot. One layer."""
+def write_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, k, v, layer=None) -> KVMemory:
+  """Puts the current chunk's k and v (slots, [B,Sc,N,H]) and pooled keys into its ring slot. One layer.
+
+  With `layer`, m.k and m.v are those of all layers.
+  """
   first = _ring_block(model, cfg, m.chunk)
-  put = lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, 1)
-  return m.replace(
-    k=put(m.k, k, first * BLOCK),
-    v=put(m.v, v, first * BLOCK),
-    pooled=put(m.pooled, pool_keys(k, model.layout, cfg.route_parts), first),
-  )
+  pooled = _put(m.pooled, pool_keys(k, model.layout, cfg.route_parts), first)
+  return m.replace(k=_put(m.k, k, first * BLOCK, layer), v=_put(m.v, v, first * BLOCK, layer), pooled=pooled)
+
+
+def _put(old: Float[Array, "*L B S N H"], new: Float[Array, "B s N H"], at, layer=None):
+  """`new` in its place along the axis of slots or blocks; `layer` chooses among those of an array of all layers."""
+  start = [0, at] + [0] * (new.ndim - 2)
+  new = new.astype(old.dtype)
+  return jax.lax.dynamic_update_slice(old, *((new, start) if layer is None else (new[None], [layer, *start])))
 
 
 def route(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, q_pooled: Float[Array, "B Q I N H"]):
@@ -196,12 +202,14 @@ def resident_scores(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, head, ow
 
 def commit_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, update: Commit) -> KVMemory:
   """Writes the chunk's final K/V, pooled keys and everyone's new scores, and moves on to the next chunk. One layer."""
-  order = _resident(model, cfg, m.chunk)
-  m = write_chunk(model, cfg, m, update.k, update.v)
-  return m.replace(score=m.score.at[:, :, order].set(update.score), chunk=m.chunk + 1)
+  order, first = _resident(model, cfg, m.chunk), _ring_block(model, cfg, m.chunk)
+  if update.k is not None:
+    m = m.replace(k=_put(m.k, update.k, first * BLOCK), v=_put(m.v, update.v, first * BLOCK))
+  score = m.score.at[:, :, order].set(update.score)
+  return m.replace(pooled=_put(m.pooled, update.pooled, first), score=score, chunk=m.chunk + 1)
 
 
-def per_layer(fn, model: ModelConfig, cfg: MemoryConfig, m: KVMemory, *args) -> KVMemory:
+def per_layer(fn, model: ModelConfig, cfg: MemoryConfig, m: KVMemory, *args):
   """Applies a one-layer function to all layers at once."""
   return jax.vmap(lambda *a: fn(model, cfg, *a))(m, *args)
 

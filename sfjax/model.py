@@ -107,14 +107,19 @@ _small = nnx.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-  """y = x W + b in the compute dtype."""
+  """y = x W + b in the compute dtype.
+
+  The product is kept apart from what follows: then XLA reads the layer's W where it lies in the stack. Joined with b, and
+  with a GELU, it would copy W first, which pays only where the output is much wider than W is long.
+  """
 
   def __init__(self, cfg: ModelConfig, d_in: int, d_out: int, rngs: nnx.Rngs, init=_xavier):
     self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), jnp.dtype(cfg.param_dtype)))
     self.bias = nnx.Param(jnp.zeros((d_out,), jnp.dtype(cfg.param_dtype)))
 
-  def __call__(self, x):
-    return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+  def __call__(self, x, joined: bool = False):
+    y = x @ self.kernel[...].astype(x.dtype)
+    return (y if joined else jax.lax.optimization_barrier(y)) + self.bias[...].astype(x.dtype)
 
 
 def layer_norm(x, eps: float):
@@ -129,6 +134,12 @@ def rms_norm(x, weight, eps: float):
   y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   y = (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
   return y * weight.astype(x.dtype)
+
+
+def dense_attention(q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]):
+  """Attention of every row to every key; on a GPU, in 16 bit, by cuDNN, so that no score leaves the chip."""
+  fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and k.shape[1] >= 64
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
 
 
 class Attention(nnx.Module):
@@ -175,8 +186,8 @@ class Block(nnx.Module):
     y = jnp.einsum("bknh,nh->bnk", x, self.importance_kernel[...], precision="highest")
     return y + self.importance_bias[...][:, None]
 
-  def __call__(self, x, e0, angles, text_kv, attend):
-    """x [B,G,T,D]; e0 [B,G,F,6,D]; angles [G,T,H/2]; text_kv (k, v) [B,M,N,H]; attend(q, k, v) -> (out, aux)."""
+  def __call__(self, x, e0, turn, text_kv, attend):
+    """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv (k, v) [B,M,N,H]; attend(q, k, v) -> (like x, ...)."""
     cfg, layout = self.cfg, self.cfg.layout
     m = [layout.frame_values(a) for a in jnp.moveaxis(self.modulation[...].astype(x.dtype) + e0, -2, 0)]
 
@@ -188,19 +199,19 @@ class Block(nnx.Module):
 
     h = modulate(layer_norm(x, cfg.eps), m[0], m[1])
     k, v = self.self_attn.key_value(h)
-    q = rotate(self.self_attn.query(h), angles)
-    out, aux = attend(self, q, rotate(k, angles), v)
-    x = x + gated(self.self_attn.out(out), m[2])
+    q = rotate(self.self_attn.query(h), *turn)
+    out, *rest = attend(self, q, rotate(k, *turn), v)
+    x = x + gated(out, m[2])
 
     h = layer_norm(x, cfg.eps) * self.norm3_scale[...].astype(x.dtype) + self.norm3_bias[...].astype(x.dtype)
     q = self.cross_attn.query(h)
     flat = q.reshape(q.shape[0], -1, *q.shape[-2:])
-    out = jax.nn.dot_product_attention(flat, *text_kv).reshape(q.shape)
+    out = dense_attention(flat, *text_kv).reshape(q.shape)
     x = x + self.cross_attn.out(out)
 
     h = modulate(layer_norm(x, cfg.eps), m[3], m[4])
-    h = self.ffn_out(jax.nn.gelu(self.ffn_in(h), approximate=True))
-    return x + gated(h, m[5]), aux
+    h = self.ffn_out(jax.nn.gelu(self.ffn_in(h, joined=True), approximate=True))
+    return x + gated(h, m[5]), *rest
 
 
 class DiT(nnx.Module):
@@ -236,18 +247,22 @@ class DiT(nnx.Module):
     t: Float[Array, "B G F"],
     chunk: Float[Array, "G"],
     text_kv: tuple[Array, Array],
-    attend: Callable[..., tuple[Array, Any]],
+    attend: Callable[..., tuple[Array, Any, Any]],
     layer_inputs: Any = None,
+    carry: Any = None,
   ):
     """One pass over G chunks.
 
     Args:
       x: noisy or clean latents. t: timestep of every latent frame, 0..1000. chunk: index of each chunk in its video.
-      text_kv: from `text_kv`. attend: (block, layer_input, q, k, v [B,G,T,N,H]) -> (out, aux), called in each layer.
-      layer_inputs: a pytree with a leading layer axis, handed to `attend` layer by layer.
+      text_kv: from `text_kv`.
+      attend: (block, carry, layer_input, q, k, v [B,G,T,N,H]) -> (out [B,G,T,D], carry, aux), called in each layer; it applies
+        `block.self_attn.out`, for which it may have its rows in another order.
+      layer_inputs: a pytree with a leading layer axis, handed to `attend` layer by layer. carry: one handed from layer to
+        layer.
 
     Returns:
-      The prediction [B,G,F,h,w,C] in float32, and aux stacked over layers.
+      The prediction [B,G,F,h,w,C] in float32, the carry after the last layer, and aux stacked over layers.
     """
     cfg, layout = self.cfg, self.cfg.layout
     dtype = jnp.dtype(cfg.dtype)
@@ -260,23 +275,46 @@ class DiT(nnx.Module):
     f, row, col = layout.positions.T
     frame = jnp.asarray(chunk)[:, None] * cfg.chunk_frames + f
     angles = rope_angles(frame, row, col, cfg.head_dim)
+    turn = jnp.cos(angles), jnp.sin(angles)
 
     h = self.patch_embedding(layout.to_tiles(patchify(x.astype(dtype), cfg.patch)))
     graph, stacked = nnx.split(self.blocks)
+    stacked, unpack = _pack_vectors(stacked, jnp.dtype(cfg.param_dtype))
 
-    def layer(h, inputs):
+    def layer(state, inputs):
+      h, carry = state
       params, kv, extra = inputs
-      block = nnx.merge(graph, params)
-      return block(h, e0, angles, kv, lambda b, q, k, v: attend(b, extra, q, k, v))
+      block = nnx.merge(graph, unpack(params))
+      h, carry, aux = block(h, e0, turn, kv, lambda b, *qkv: attend(b, carry, extra, *qkv))
+      return (h, carry), aux
 
-    h, aux = jax.lax.scan(_remat(layer, cfg.remat), h, (stacked, text_kv, layer_inputs))
+    (h, carry), aux = jax.lax.scan(_remat(layer, cfg.remat), (h, carry), (stacked, text_kv, layer_inputs))
 
     shift, scale = (
       layout.frame_values(a) for a in jnp.moveaxis(self.head_modulation[...].astype(dtype) + e[..., None, :], -2, 0)
     )
     h = (layout.per_frame(layer_norm(h, cfg.eps)) * (1 + scale) + shift).reshape(h.shape)
     out = unpatchify(layout.from_tiles(self.head(h)), cfg.patch, x.shape)
-    return out.astype(jnp.promote_types(out.dtype, jnp.float32)), aux
+    return out.astype(jnp.promote_types(out.dtype, jnp.float32)), carry, aux
+
+
+def _pack_vectors(stacked, dtype):
+  """A stack of layers with all its vectors of that dtype in one array, and the way back for one layer's slice of it.
+
+  A loop slices every array of the stack in a kernel of its own, which for a vector takes longer to start than to run.
+  """
+  leaves, tree = jax.tree.flatten(stacked)
+  vectors = {i: x.shape[1] for i, x in enumerate(leaves) if x.ndim == 2 and x.dtype == dtype}
+  packed = jnp.concatenate([leaves[i] for i in vectors], 1)
+
+  def unpack(packed_and_rest):
+    row, rest = packed_and_rest
+    # The barrier keeps XLA from slicing the stack once for each vector after all.
+    parts = jnp.split(jax.lax.optimization_barrier(row), np.cumsum([*vectors.values()])[:-1])
+    parts, rest = dict(zip(vectors, parts, strict=True)), iter(rest)
+    return jax.tree.unflatten(tree, [parts[i] if i in parts else next(rest) for i in range(len(leaves))])
+
+  return (packed, [x for i, x in enumerate(leaves) if i not in vectors]), unpack
 
 
 def _remat(fn, policy: str):

@@ -65,7 +65,7 @@ def loss(
   text = WordEncoder(model.text_len, model.text_dim).encode(params["text"], words)
   kv = rollout.text_kv(model, params["dit"], text)
   rng = jax.vmap(jax.random.key_data)(jax.random.split(jax.random.fold_in(key, 1), model.layers))
-  out, plan = rollout.apply(
+  out, _, plan = rollout.apply(
     model,
     params["dit"],
     jnp.concatenate([context, noisy], 1),

@@ -73,34 +73,53 @@ def chunk_keys(key: Array, sample: Int32[Array, "B"], chunk: Int32[Array, ""]) -
   return jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(key, s), chunk))(sample)
 
 
-def _forward(model, cfg, params, memory: kv.KVMemory, x, sigma, commit: bool):
-  """One pass of one chunk over the memory; x [rows,F,h,w,C]."""
-  out, aux = apply(
+def _forward(model, cfg, params, memory: kv.KVMemory, x, sigma, commit: bool, in_place=False, prefix_k=None):
+  """One pass of one chunk over the memory; x [rows,F,h,w,C]. Returns (output, memory, aux).
+
+  in_place: the pass writes the chunk's keys and values into the memory; else the memory returns as it was.
+  prefix_k: see `cached_attention`.
+  """
+  layer_inputs = memory.replace(k=None, v=None) if in_place else memory
+  out, slots, aux = apply(
     model,
     params,
     x[:, None],
     sigma[:, None] * TIMESTEPS,
     memory.chunk[:1],
     (memory.cross_k, memory.cross_v),
-    cached_attention(model, cfg, commit),
-    memory,
+    cached_attention(model, cfg, commit, prefix_k),
+    (layer_inputs, jnp.arange(model.layers)),
+    (memory.k, memory.v) if in_place else None,
   )
-  return out[:, 0], aux
+  return out[:, 0], memory.replace(k=slots[0], v=slots[1]) if in_place else memory, aux
 
 
 def commit(
-  model: ModelConfig, cfg: MemoryConfig, params, memory: kv.KVMemory, x0: Float[Array, "B F h w C"]
+  model: ModelConfig, cfg: MemoryConfig, params, memory: kv.KVMemory, x0: Float[Array, "B F h w C"], **how
 ) -> kv.KVMemory:
-  """The clean pass over a begun chunk: final K/V and new scores. Under guidance both rows get the same latents."""
+  """The clean pass over a begun chunk: final K/V and new scores. Under guidance both rows get the same latents.
+
+  how: `in_place` and `prefix_k`, see `_forward`.
+  """
   rows = memory.k.shape[1]
   x0 = jnp.concatenate([x0] * (rows // x0.shape[0]))
-  _, update = _forward(model, cfg, params, memory, x0, jnp.zeros(x0.shape[:2]), commit=True)
+  _, memory, update = _forward(model, cfg, params, memory, x0, jnp.zeros(x0.shape[:2]), True, **how)
   return kv.per_layer(kv.commit_chunk, model, cfg, memory, update)
 
 
-def append_chunk(model: ModelConfig, cfg: MemoryConfig, params, memory: kv.KVMemory, x0) -> kv.KVMemory:
-  """Puts a given clean chunk (a real prefix, say) into the memory."""
-  return commit(model, cfg, params, kv.per_layer(kv.begin_chunk, model, cfg, memory), x0)
+def append_chunk(model: ModelConfig, cfg: MemoryConfig, params, memory: kv.KVMemory, x0, in_place=False) -> kv.KVMemory:
+  """Puts a given clean chunk (a real prefix, say) into the memory. in_place: see `rollout_chunk`."""
+  memory, how = _begin(model, cfg, memory, in_place)
+  return commit(model, cfg, params, memory, x0, **how)
+
+
+def _begin(model, cfg, memory: kv.KVMemory, in_place: bool):
+  """The memory, begun for its next chunk, and how the chunk's passes go over it."""
+  memory = kv.per_layer(kv.begin_chunk, model, cfg, memory)
+  return memory, {
+    "in_place": True,
+    "prefix_k": kv.per_layer(kv.persistent_keys, model, cfg, memory),
+  } if in_place else {}
 
 
 def rollout_chunk(
@@ -113,6 +132,7 @@ def rollout_chunk(
   sample: Int32[Array, "B"],
   known: Float[Array, "B F h w C"] | None = None,
   known_frames: Bool[Array, "F"] | None = None,
+  in_place: bool = False,
 ) -> tuple[Float[Array, "B F h w C"], kv.KVMemory]:
   """Begin, denoise, commit: one chunk of clean latents and the memory that contains it.
 
@@ -120,24 +140,29 @@ def rollout_chunk(
     memory: of 2B rows (prompts, then null prompts) if sampler.guidance != 1.
     key: of the run; sample: index of every video, so that its noise does not depend on the batch.
     known, known_frames: conditioning latents, held at timestep 0 inside the chunk.
+    in_place: for sampling: no pass copies the memory. Without, the chunk is differentiable.
   """
-  memory = kv.per_layer(kv.begin_chunk, model, cfg, memory)
+  memory, how = _begin(model, cfg, memory, in_place)
   keys = chunk_keys(key, sample, memory.chunk[0])
   shape = (model.chunk_frames, *model.latent_size, model.latent_channels)
   noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
   guided = sampler.guidance != 1
 
-  def predict(x, sigma):
-    if not guided:
-      return _forward(model, cfg, params, memory, x, sigma, commit=False)[0]
-    out, _ = _forward(
-      model, cfg, params, memory, jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma]), commit=False
-    )
-    with_prompt, without = jnp.split(out, 2)
-    return without + sampler.guidance * (with_prompt - without)
+  def predict(x, sigma, memory):
+    if guided:
+      x, sigma = jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma])
+    out, memory, _ = _forward(model, cfg, params, memory, x, sigma, False, **how)
+    if guided:
+      with_prompt, without = jnp.split(out, 2)
+      out = without + sampler.guidance * (with_prompt - without)
+    return out, memory
 
-  x0 = denoise(model, sampler, predict, noise, keys, known, known_frames)
-  return x0, commit(model, cfg, params, memory, x0)
+  if in_place:
+    x0, memory = denoise(model, sampler, predict, noise, keys, known, known_frames, memory)
+  else:  # nothing goes from step to step but x, so nothing more is kept for the backward pass
+    once = lambda x, sigma, _: (predict(x, sigma, memory)[0], None)
+    x0, _ = denoise(model, sampler, once, noise, keys, known, known_frames)
+  return x0, commit(model, cfg, params, memory, x0, **how)
 
 
 def rollout(
@@ -160,6 +185,10 @@ def rollout(
   return jnp.moveaxis(x, 0, 1), memory
 
 
+# For NVIDIA GPUs: products by cuBLAS, which reads weights where they lie and joins a bias and GELU, and each on its own.
+_COMPILER = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
   """The rollout's three programs, jitted whole, the memory donated."""
@@ -171,14 +200,19 @@ class Compiled:
   @functools.cached_property
   def chunk(self):
     """(params, memory, key, sample, known, known_frames) -> (latents, memory)."""
-    return jax.jit(functools.partial(rollout_chunk, self.model, self.memory, self.sampler), donate_argnums=1)
+    chunk = functools.partial(rollout_chunk, self.model, self.memory, self.sampler, in_place=True)
+    return jax.jit(chunk, donate_argnums=1, compiler_options=_COMPILER)
 
   @functools.cached_property
   def append(self):
     """(params, memory, x0) -> memory."""
-    return jax.jit(functools.partial(append_chunk, self.model, self.memory), donate_argnums=1)
+    return jax.jit(
+      functools.partial(append_chunk, self.model, self.memory, in_place=True),
+      donate_argnums=1,
+      compiler_options=_COMPILER,
+    )
 
   @functools.cached_property
   def start(self):
     """(params, text, seed, null_text) -> memory."""
-    return jax.jit(functools.partial(start, self.model, self.memory), static_argnums=2)
+    return jax.jit(functools.partial(start, self.model, self.memory))

@@ -88,11 +88,11 @@ class BlockLayout:
     pad = [(0, 0)] * len(b) + [(0, self.blocks - self.full_blocks), (0, BLOCK - self.valid), (0, 0), (0, 0)]
     return jnp.pad(x, pad).reshape(*b, self.slots, n, h)
 
-  def unpack(self, x: Float[Array, "*B slots N H"]) -> Float[Array, "*B tokens N H"]:
+  def unpack(self, x: Float[Array, "*B slots D"]) -> Float[Array, "*B tokens D"]:
     """Slots back to tokens in tile order."""
-    *b, _, n, h = x.shape
-    x = x.reshape(*b, self.blocks, BLOCK, n, h)[..., : self.full_blocks, : self.valid, :, :]
-    return x.reshape(*b, self.tokens, n, h)
+    *b, _, d = x.shape
+    x = x.reshape(*b, self.blocks, BLOCK, d)[..., : self.full_blocks, : self.valid, :]
+    return x.reshape(*b, self.tokens, d)
 
   def per_frame(self, x: Float[Array, "*B tokens D"]) -> Float[Array, "*B a s f p D"]:
     """A view in which axes a and f (the latent frame is a * tile[0] + f) broadcast against per-frame values."""

@@ -104,7 +104,9 @@ def look(classifier: dict, pixels: UInt8[Array, "B f h w 3"], colours: Int[Array
 def _step(config: Config, memory_config: MemoryConfig, params, classifier, memory, key, samples, colours):
   """One chunk: (memory, view of 12 frames); of the video's first chunk the first 3 frames are not part of it."""
   first = memory.chunk[0] == 0
-  latents, memory = rollout.rollout_chunk(config.model, memory_config, config.sampler, params, memory, key, samples)
+  latents, memory = rollout.rollout_chunk(
+    config.model, memory_config, config.sampler, params, memory, key, samples, in_place=True
+  )
   codec = DigitsCodec()
   later = codec.decode(latents, first=False)
   opening = jnp.pad(codec.decode(latents, first=True), ((0, 0), (codec.time - 1, 0), (0, 0), (0, 0), (0, 0)))
@@ -113,7 +115,7 @@ def _step(config: Config, memory_config: MemoryConfig, params, classifier, memor
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _append(model, memory_config: MemoryConfig, params, memory, latents):
-  return rollout.append_chunk(model, memory_config, params, memory, latents)
+  return rollout.append_chunk(model, memory_config, params, memory, latents, in_place=True)
 
 
 def append(arm: Arm, memory: KVMemory, pixels: UInt8[np.ndarray, "B F h w 3"]) -> KVMemory:

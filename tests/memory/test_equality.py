@@ -63,7 +63,7 @@ def cached_pass(model, cfg, params, text, clean, noisy, sigma):
   @jax.jit
   def one(m, x, s, x0):
     m = kv.per_layer(kv.begin_chunk, model, cfg, m)
-    out, _ = rollout._forward(model, cfg, params, m, x, s, commit=False)
+    out, _, _ = rollout._forward(model, cfg, params, m, x, s, commit=False)
     return out, kv.commit_chunk and m, rollout.commit(model, cfg, params, m, x0)
 
   m = rollout.start(model, cfg, params, text)
@@ -99,7 +99,7 @@ def test_cached_rollout_equals_one_parallel_forward(name, shape):
   chunk = jnp.concatenate([jnp.arange(given), jnp.arange(CHUNKS)])
   t = jnp.concatenate([jnp.zeros_like(sigma)[:, :given], sigma], 1) * 1000
   attend = parallel_attention(model, cfg, CHUNKS)
-  out_p, plan = jax.jit(
+  out_p, _, plan = jax.jit(
     lambda x: rollout.apply(model, params, x, t, chunk, (m.cross_k, m.cross_v), attend, m.rng)
   )(jnp.concatenate([clean[:, :given], noisy], 1))  # fmt: skip
 

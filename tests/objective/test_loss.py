@@ -83,7 +83,7 @@ class Network:
 
   def apply(self, model, params, x, t, chunk, kv, attend, rng):
     self.x, self.t, self.chunk = x, t, chunk
-    return self.answer(self), Parallel(None, None, None, jnp.zeros(model.layers))
+    return self.answer(self), None, Parallel(None, None, None, jnp.zeros(model.layers))
 
   @property
   def noisy(self):

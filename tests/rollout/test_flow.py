@@ -34,7 +34,7 @@ def test_schedule_is_self_forcings():
 @pytest.mark.parametrize("name", MODELS)
 def test_one_few_step_returns_the_prediction(name, drawn, keys):
   out, noise, _ = drawn
-  x0 = denoise(MODELS[name], SamplerConfig("few_step", steps=1), lambda x, s: out, noise, keys)
+  x0 = denoise(MODELS[name], SamplerConfig("few_step", steps=1), lambda x, s, _: (out, None), noise, keys)[0]
   np.testing.assert_array_equal(x0, out if name == "x0" else noise - out)
 
 
@@ -42,8 +42,9 @@ def test_one_few_step_returns_the_prediction(name, drawn, keys):
 @pytest.mark.parametrize("name", MODELS)
 def test_euler_with_an_oracle_arrives(name, steps, shift, drawn, keys):
   x0, noise, _ = drawn
-  oracle = lambda x, s: x0 if name == "x0" else noise - x0
-  got = denoise(MODELS[name], SamplerConfig("euler", steps, shift), oracle, noise, keys)
+  oracle = lambda x, s, n: (x0 if name == "x0" else noise - x0, n + 1)
+  got, passes = denoise(MODELS[name], SamplerConfig("euler", steps, shift), oracle, noise, keys, state=0)
+  assert passes == steps
   np.testing.assert_allclose(got, x0, atol=1e-6 * steps**0.5 + 2e-6)  # |x| < 6; every step rounds once, 4e-7
 
 
@@ -54,12 +55,12 @@ def test_what_the_network_sees_on_the_way(kind, drawn, keys):
   sampler, given, seen = SamplerConfig(kind, steps=3, shift=5), jnp.array([True, False, False]), []
   model = MODELS["x0"]
 
-  def predict(x, sigma):
+  def predict(x, sigma, state):
     seen.append((np.asarray(x), np.asarray(sigma)))
-    return x0
+    return x0, state
 
   with jax.disable_jit():
-    out = denoise(model, sampler, predict, noise, keys, known, given)
+    out, _ = denoise(model, sampler, predict, noise, keys, known, given)
   assert len(seen) == 3
   noises = []
   for (x, sigma), level in zip(seen, sampler.sigmas, strict=False):

@@ -55,9 +55,9 @@ def run(case: str, cfg: ModelConfig, params: dict) -> np.ndarray:
   nnx.replace_by_pure_dict(like, params)
   model = nnx.merge(graph, like)
 
-  def attend(block, extra, q, k, v):
+  def attend(block, carry, extra, q, k, v):
     q, k, v = (a[:, 0] for a in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v)[:, None], None
+    return block.self_attn.out(jax.nn.dot_product_attention(q, k, v)[:, None]), carry, None
 
   def forward(model: DiT):
     t = jnp.broadcast_to(jnp.asarray(times)[:, None, None], (len(times), 1, 3))
