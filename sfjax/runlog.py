@@ -70,6 +70,13 @@ def write_json_atomic(path, value) -> None:
     part.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def keep_programs() -> None:
+  """Lets JAX keep a GPU's compiled programs from run to run, unless JAX_COMPILATION_CACHE_DIR says where already."""
+  if jax.default_backend() == "gpu" and not jax.config.jax_compilation_cache_dir:
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache / "sfjax" / "programs"))
+
+
 def latency(seconds: list[float]) -> dict:
   """Percentiles of chunk times in seconds, the first apart (it compiles)."""
   rest = seconds[1:] or seconds

@@ -15,7 +15,7 @@ from sfjax.config import to_dict
 from sfjax.data.digits import chunk_of_frame, first_frame
 from sfjax.errors import Parser, UserError
 from sfjax.memory import KVMemory
-from sfjax.runlog import latency, make_folder, peak_memory, run_record, write_json_atomic
+from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -94,6 +94,7 @@ def run(argv: list[str]) -> None:
   from sfjax.video import ContactSheet, VideoWriter, read_image, read_video  # after the flags: it loads FFmpeg
 
   began = time.perf_counter()
+  keep_programs()
   sampler = sampling.Sampler(a.checkpoint, a.attention, a.steps, a.guidance)
   for flag, texts in a.texts.items():
     sampler.parts.check(texts, flag)
@@ -121,19 +122,20 @@ def run(argv: list[str]) -> None:
   videos = []
   for i, prompt in enumerate(a.prompts):
     memory = state or sampler.start([prompt], a.seed)
-    times, sheet, start = [], ContactSheet(fps), time.perf_counter()
-    first = None
+    sheet, start, first = ContactSheet(fps), time.perf_counter(), None
     with VideoWriter(out / f"{i:02d}.mp4", fps, scale=4 if sampler.size[0] <= 128 else 1) as writer:
-      stream = sampler.stream(memory, frames, a.seed, [i], prefix, schedule, times, decoded)
-      for pixels, memory, left in stream:  # noqa: B007, the last memory and what the codec left are used below
+      stream = sampler.stream(memory, frames, a.seed, [i], prefix, schedule, decoded)
+      for pixels in stream:
         first = first or time.perf_counter() - start
         writer.write(pixels[0])
         sheet.add(pixels[0])
-    total = time.perf_counter() - start
+    total, times, memory = time.perf_counter() - start, stream.seconds, stream.memory
     sheet.save(out / f"{i:02d}.png")
     if a.save_state:
       told = [text for chunk, (text,) in schedule.items() if chunk < int(memory.chunk[0])]
-      arrays = checkpoint.flatten(dict(vars(memory)) | {"codec": left}) | {"prompt": np.array([prompt, *told][-1])}
+      arrays = checkpoint.flatten(dict(vars(memory)) | {"codec": stream.decoded}) | {
+        "prompt": np.array([prompt, *told][-1])
+      }
       checkpoint.save_arrays(a.save_state, arrays)
     videos.append(
       {

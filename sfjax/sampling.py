@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -86,53 +87,90 @@ class Sampler:
     samples: list[int],
     prefix: UInt8[np.ndarray, "B F h w 3"] | None = None,
     schedule: dict[int, list[str]] | None = None,
-    seconds: list[tuple[float, float]] | None = None,
     decoded: Any = None,
-  ) -> Iterator[tuple[UInt8[np.ndarray, "B F h w 3"], KVMemory, Any]]:
-    """Frames chunk by chunk, with the memory and the codec's state after each chunk; those passed in are consumed.
+  ) -> "Stream":
+    """Frames chunk by chunk; the memory and the codec's state that are passed in are consumed.
 
     Args:
       frames: how many to make; the last chunk is trimmed.
       samples: index of every video of the batch, for its noise.
       prefix: real frames the video starts with (1 + 4 n of them are used).
       schedule: chunk -> prompts from that chunk on.
-      seconds: receives, for every generated chunk, the time until its latents and memory, and until its pixels.
       decoded: the codec's state, where a memory goes on that has begun a video.
     """
-    model = self.config.model
-    f, key, dit = model.chunk_frames, jax.random.key(seed), self.parts.dit
-    chunk, made = int(memory.chunk[0]), 0
-    first = chunk
-    shape = (len(samples), f, *model.latent_size, model.latent_channels)
-    given = np.zeros((len(samples), 0, *shape[2:]), np.float32)
+    given = np.zeros((len(samples), 0, *self.config.model.latent_size, self.config.model.latent_channels), np.float32)
     if prefix is not None:
       usable = 1 + 4 * ((prefix.shape[1] - 1) // 4)
       given = np.asarray(self.parts.encode(prefix[:, :usable]))
     decoded = self.parts.start(len(samples)) if decoded is None else decoded
-    while made < frames:
-      if schedule and chunk in schedule:
-        memory = self.set_prompt(memory, schedule[chunk])
-      began = time.perf_counter()
-      part = given[:, (chunk - first) * f : (chunk - first + 1) * f]
-      if part.shape[1] == f:
-        latents = jnp.asarray(part)
-        memory = self.programs.append(dit, memory, latents)
-      else:
-        known = np.zeros(shape, np.float32)
-        known[:, : part.shape[1]] = part
-        latents, memory = self.programs.chunk(
-          dit, memory, key, jnp.asarray(samples, jnp.int32), known, jnp.arange(f) < part.shape[1]
-        )
-      jax.block_until_ready((latents, memory))
-      denoised = time.perf_counter() - began
-      decoded, pixels = self.parts.decode(decoded, latents, chunk == 0)
-      pixels = np.asarray(pixels)
-      if seconds is not None and part.shape[1] < f:
-        seconds.append((denoised, time.perf_counter() - began))
-      pixels = pixels[:, : frames - made]
-      made += pixels.shape[1]
-      chunk += 1
-      yield pixels, memory, decoded
+    return Stream(self, memory, decoded, frames, jax.random.key(seed), samples, given, schedule or {})
+
+
+class Stream:
+  """An iterator over uint8 frames [B,F,h,w,3], one chunk's at a time; while the caller has them, the device makes the next.
+
+  Attributes:
+    memory, decoded: the memory and the codec's state; whole once all frames were taken.
+    seconds: for every generated chunk, the time until its latents were there, and until its pixels were on the host, each
+      since the chunk was begun or since the chunk before had got as far, whichever is later.
+  """
+
+  def __init__(self, sampler: Sampler, memory, decoded, frames, key, samples, given, schedule):
+    self.memory, self.decoded, self.seconds = memory, decoded, []
+    self._sampler, self._key, self._samples = sampler, key, jnp.asarray(samples, jnp.int32)
+    self._given, self._schedule = given, schedule
+    self._frames = self._run(frames)
+
+  def __iter__(self) -> Iterator[UInt8[np.ndarray, "B F h w 3"]]:
+    return self
+
+  def __next__(self) -> UInt8[np.ndarray, "B F h w 3"]:
+    return next(self._frames)
+
+  def _run(self, frames: int):
+    first = chunk = int(self.memory.chunk[0])
+    last = (0.0, 0.0)
+    # Starting a chunk's work lasts nearly as long as the work, since a GPU's queue holds some thousand kernels.
+    with ThreadPoolExecutor(1) as starter:
+      work = starter.submit(self._begin, chunk, 0)
+      while frames > 0:
+        began, latents, pixels, generated = work.result()
+        mine, frames, chunk = min(frames, pixels.shape[1]), frames - pixels.shape[1], chunk + 1
+        start_next = lambda: starter.submit(self._begin, chunk, chunk - first) if frames > 0 else None  # noqa: B023, called here
+        if chunk > first + 1:
+          work = start_next()
+        latents.block_until_ready()
+        denoised = time.perf_counter()
+        pixels.block_until_ready()
+        decoded = time.perf_counter()
+        pixels = np.asarray(pixels)[:, :mine]
+        there = time.perf_counter()
+        if generated:
+          self.seconds.append((denoised - max(began, last[0]), there - max(began, last[1])))
+        last = decoded, there
+        if chunk == first + 1:  # the first frames do not wait until the second chunk has been started, or even compiled
+          work = start_next()
+        yield pixels
+
+  def _begin(self, chunk: int, made: int):
+    """Starts a chunk's work on the device: (time, latents, pixels, whether it is not a given chunk)."""
+    began = time.perf_counter()
+    sampler, f = self._sampler, self._sampler.config.model.chunk_frames
+    dit, programs = sampler.parts.dit, sampler.programs
+    if chunk in self._schedule:
+      self.memory = sampler.set_prompt(self.memory, self._schedule[chunk])
+    part = self._given[:, made * f : (made + 1) * f]
+    generated = part.shape[1] < f
+    if generated:
+      known = np.zeros((part.shape[0], f, *part.shape[2:]), np.float32)
+      known[:, : part.shape[1]] = part
+      is_known = jnp.arange(f) < part.shape[1]
+      latents, self.memory = programs.chunk(dit, self.memory, self._key, self._samples, known, is_known)
+    else:
+      latents = jnp.asarray(part)
+      self.memory = programs.append(dit, self.memory, latents)
+    self.decoded, pixels = sampler.parts.decode(self.decoded, latents, chunk == 0)
+    return began, latents, pixels, generated
 
 
 def sample(
@@ -141,4 +179,4 @@ def sample(
   """A video in a notebook: uint8 [F,h,w,3]. options: attention, steps, guidance, see `Sampler`."""
   sampler = Sampler(checkpoint_dir, **options)
   stream = sampler.stream(sampler.start([prompt], seed), round(seconds * sampler.fps), seed, [0])
-  return np.concatenate([frames[0] for frames, *_ in stream])
+  return np.concatenate([frames[0] for frames in stream])

@@ -68,7 +68,7 @@ def test_streamed_pixels_are_those_of_the_whole_clip(folder):
     return decode(state, latents, first)
 
   sampler.parts = dataclasses.replace(sampler.parts, decode=spy)
-  frames = [pixels for pixels, *_ in sampler.stream(sampler.start(["a cat"], 3), 33, 3, [0])]
+  frames = list(sampler.stream(sampler.start(["a cat"], 3), 33, 3, [0]))
   assert [f.shape[1] for f in frames] == [9, 12, 12]
   vae = WanVAE(VAE)
   whole = to_uint8(vae.decode(wan.load_vae(folder, VAE), jnp.concatenate(seen, 1)))
@@ -114,7 +114,7 @@ def test_save_and_continue_equals_the_unbroken_video(folder, tmp_path):
   fresh = sampler.start(["a cat"], 3)
   memory, decoded, prompt = sample_command._load_state(str(state), fresh, sampler.parts.start(1))
   assert prompt == "a cat"
-  (on, *_), *rest = sampler.stream(memory, 12, 3, [0], decoded=decoded)
-  unbroken = [frames for frames, *_ in sampler.stream(fresh, 33, 3, [0])]
+  on, *rest = sampler.stream(memory, 12, 3, [0], decoded=decoded)
+  unbroken = list(sampler.stream(fresh, 33, 3, [0]))
   assert not rest
   np.testing.assert_array_equal(on, unbroken[2])
