@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +119,48 @@ def test_save_and_continue_equals_the_unbroken_video(folder, tmp_path):
   unbroken = list(sampler.stream(fresh, 33, 3, [0]))
   assert not rest
   np.testing.assert_array_equal(on, unbroken[2])
+
+
+def spied(sampler: Sampler, spy) -> Sampler:
+  """The sampler, but that spy(first) is called before a chunk is decoded."""
+  decode = sampler.parts.decode
+  sampler.parts = dataclasses.replace(sampler.parts, decode=lambda s, x, first: (spy(first), decode(s, x, first))[1])
+  return sampler
+
+
+def test_the_next_chunk_is_made_while_the_caller_has_one(folder):
+  begun = []
+  sampler = spied(Sampler(folder), begun.append)
+  stream = sampler.stream(sampler.start(["a cat"], 3), 45, 3, [0])
+  for chunks in (1, 2, 3):
+    next(stream)
+    deadline = time.monotonic() + 60
+    while len(begun) < chunks + 1 and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert len(begun) == chunks + 1  # one ahead, unasked, and no more than one
+  assert next(stream).shape[1] == 12 and next(stream, None) is None
+  assert begun == [True, False, False, False] and stream.memory.chunk[0] == 4
+  assert len(stream.seconds) == 4 and all(0 < a and 0 < b for a, b in stream.seconds)
+
+
+def test_what_fails_in_the_next_chunk_reaches_the_caller(folder):
+  def broken(first):
+    if not first:
+      raise FloatingPointError("broken")
+
+  sampler = spied(Sampler(folder), broken)
+  stream = sampler.stream(sampler.start(["a cat"], 3), 33, 3, [0])
+  assert next(stream).shape[1] == 9
+  with pytest.raises(FloatingPointError, match="broken"):
+    next(stream)
+
+
+def test_a_stream_may_be_left_early(folder):
+  begun = []
+  sampler = spied(Sampler(folder), begun.append)
+  stream = sampler.stream(sampler.start(["a cat"], 3), 16 * 60, 3, [0])
+  next(stream), next(stream)
+  del stream  # waits for the chunk that was begun
+  made = len(begun)
+  time.sleep(0.2)
+  assert len(begun) == made <= 3
