@@ -90,6 +90,18 @@ def flow_loss(
   return (error.astype(jnp.float32) ** 2).mean((-3, -2, -1))
 
 
+def few_step(model: ModelConfig, sampler: SamplerConfig, x, out, i, key: Array):
+  """After step i: the clean latents that the network saw in x, re-noised to the next level (self_forcing section 3.3).
+
+  Args:
+    x [B,F,h,w,C]; out: the network's output for it. key: a key for each row [B].
+  """
+  sigmas = jnp.asarray(sampler.sigmas)
+  x0 = to_x0(model, out, x, jnp.full(x.shape[:2], sigmas[i]))
+  fresh = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i + 1), x.shape[1:], x.dtype))(key)
+  return add_noise(x0, fresh, jnp.full(x.shape[:2], sigmas[i + 1]))
+
+
 def denoise(
   model: ModelConfig, sampler: SamplerConfig, predict, noise, key: Array, known=None, known_frames=None, state=None
 ):
@@ -118,16 +130,12 @@ def denoise(
     v = to_velocity(model, out, x, jnp.full(frames, sigmas[i]))
     return x + (sigmas[i + 1] - sigmas[i]) * v
 
-  def few_step(x, out, i):
-    x0 = to_x0(model, out, x, jnp.full(frames, sigmas[i]))
-    fresh = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i + 1), x.shape[1:], x.dtype))(key)
-    return add_noise(x0, fresh, jnp.full(frames, sigmas[i + 1]))
-
   def step(carry, i):
     x, state = carry
     x = clamp(x)
     out, state = predict(x, level(sigmas[i]), state)
-    return ((euler if sampler.kind == "euler" else few_step)(x, out, i), state), None
+    x = euler(x, out, i) if sampler.kind == "euler" else few_step(model, sampler, x, out, i, key)
+    return (x, state), None
 
   (x, state), _ = jax.lax.scan(step, (noise, state), jnp.arange(sampler.steps))
   return clamp(x), state

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from sfjax import memory as kv
 from sfjax.attention import cached_attention
-from sfjax.flow import TIMESTEPS, SamplerConfig, denoise
+from sfjax.flow import TIMESTEPS, SamplerConfig, denoise, few_step, to_x0
 from sfjax.model import DiT, ModelConfig
 from sfjax.routing import MemoryConfig
 
@@ -73,11 +73,13 @@ def chunk_keys(key: Array, sample: Int32[Array, "B"], chunk: Int32[Array, ""]) -
   return jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(key, s), chunk))(sample)
 
 
-def _forward(model, cfg, params, memory: kv.KVMemory, x, sigma, commit: bool, in_place=False, prefix_k=None):
+def _forward(
+  model, cfg, params, memory: kv.KVMemory, x, sigma, commit: bool, in_place=False, prefix_k=None, keep=False
+):
   """One pass of one chunk over the memory; x [rows,F,h,w,C]. Returns (output, memory, aux).
 
   in_place: the pass writes the chunk's keys and values into the memory; else the memory returns as it was.
-  prefix_k: see `cached_attention`.
+  prefix_k, keep: see `cached_attention`.
   """
   layer_inputs = memory.replace(k=None, v=None) if in_place else memory
   out, slots, aux = apply(
@@ -87,7 +89,7 @@ def _forward(model, cfg, params, memory: kv.KVMemory, x, sigma, commit: bool, in
     sigma[:, None] * TIMESTEPS,
     memory.chunk[:1],
     (memory.cross_k, memory.cross_v),
-    cached_attention(model, cfg, commit, prefix_k),
+    cached_attention(model, cfg, commit, prefix_k, keep),
     (layer_inputs, jnp.arange(model.layers)),
     (memory.k, memory.v) if in_place else None,
   )
@@ -183,6 +185,67 @@ def rollout(
 
   memory, x = jax.lax.scan(step, memory, length=chunks)
   return jnp.moveaxis(x, 0, 1), memory
+
+
+CACHE_GRADIENTS = ("straight_through", "detached")
+
+
+def self_forcing(
+  model: ModelConfig,
+  cfg: MemoryConfig,
+  sampler: SamplerConfig,
+  params,
+  memory: kv.KVMemory,
+  key: Array,
+  sample: Int32[Array, "B"],
+  chunks: int,
+  exit_step: Int32[Array, ""],
+  cache_gradient: str = "straight_through",
+) -> tuple[Float[Array, "B n F h w C"], kv.KVMemory]:
+  """A few-step student's own rollout, differentiable as Self-Forcing trains it (self_forcing section 4.2).
+
+  Every chunk is denoised without gradient up to `exit_step`; that step's clean prediction is the chunk, with its gradient, and
+  what the memory then gets in a clean pass without. Gradients reach earlier chunks through their keys and values in the memory,
+  in P as in the window: "straight_through" takes a clean key for that of the chunk's exit step, whose value it does not have;
+  "detached" lets nothing through.
+
+  Args:
+    sampler: of kind "few_step", without guidance. memory: of B rows. exit_step: 0 .. sampler.steps - 1.
+
+  Raises:
+    ValueError: another kind of sampler, guidance, or an unknown cache_gradient.
+  """
+  if sampler.kind != "few_step" or sampler.guidance != 1:
+    raise ValueError(f"sampler: kind {sampler.kind}, guidance {sampler.guidance}; want few_step and 1")
+  if cache_gradient not in CACHE_GRADIENTS:
+    raise ValueError(f"cache_gradient: {cache_gradient!r}; want one of {', '.join(CACHE_GRADIENTS)}")
+  constant = functools.partial(jax.tree.map, jax.lax.stop_gradient)
+  fixed, sigmas = constant(params), jnp.asarray(sampler.sigmas)
+  shape = (model.chunk_frames, *model.latent_size, model.latent_channels)
+
+  def chunk(memory, _):
+    memory = kv.per_layer(kv.begin_chunk, model, cfg, memory)
+    keys = chunk_keys(key, sample, memory.chunk[0])
+    noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
+    level = lambda i: jnp.full(noise.shape[:2], sigmas[i])
+    past = constant(memory)
+
+    def quiet(i, x):
+      out, *_ = _forward(model, cfg, fixed, past, x, level(i), commit=False)
+      return few_step(model, sampler, x, out, i, keys)
+
+    x = constant(jax.lax.fori_loop(0, exit_step, quiet, noise))
+    out, _, own = _forward(model, cfg, params, memory, x, level(exit_step), commit=False, keep=True)
+    x0 = to_x0(model, out, x, level(exit_step))
+    _, _, update = _forward(model, cfg, fixed, past, constant(x0), level(-1), commit=True)
+    update = constant(update)
+    if cache_gradient == "straight_through":
+      k, v = (clean + (noisy - constant(noisy)) for clean, noisy in zip((update.k, update.v), own, strict=True))
+      update = update._replace(k=k, v=v)
+    return kv.per_layer(kv.commit_chunk, model, cfg, memory, update), x0
+
+  memory, x0 = jax.lax.scan(chunk, memory, length=chunks)
+  return jnp.moveaxis(x0, 0, 1), memory
 
 
 # For NVIDIA GPUs: products by cuBLAS, which reads weights where they lie and joins a bias and GELU, and each on its own.

@@ -1,0 +1,80 @@
+"""Distribution matching: a student's own clips, judged by two denoisers, one of real clips and one of the student's.
+
+Where both denoise a noised clip alike, the student makes what real clips are; where they differ, the difference is the
+direction in which the clip is too much the student's (self_forcing sections 4.3 and 4.4). What is a defect there is not here:
+noise is added and taken away with one and the same sigma.
+
+Letters: B clips, T latent frames, h, w, C a latent frame. A denoiser: (x [B,T,h,w,C], sigma [B,T]) -> clean latents.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sfjax import rollout
+from sfjax.attention import parallel_attention
+from sfjax.flow import TIMESTEPS, add_noise, flow_loss, shift_sigma, to_x0
+from sfjax.model import ModelConfig
+from sfjax.routing import MemoryConfig
+
+_LEVELS = 0.02, 0.98  # of sigma: beyond them, denoisers say little about what is real
+Denoiser = Callable[[Float[Array, "B T h w C"], Float[Array, "B T"]], Float[Array, "B T h w C"]]
+
+
+def whole_clip(model: ModelConfig, params, text_kv, x: Float[Array, "B T h w C"], sigma: Float[Array, "B T"]):
+  """The output of a bidirectional model, one chunk of which is the whole clip: T = model.chunk_frames."""
+  attend = parallel_attention(model, MemoryConfig(window=1), 1)
+  chunk = jnp.zeros(1, jnp.int32)
+  return rollout.apply(model, params, x[:, None], sigma[:, None] * TIMESTEPS, chunk, text_kv, attend)[0][:, 0]
+
+
+def denoiser(model: ModelConfig, params, text_kv, null_kv=None, guidance: float = 1.0) -> Denoiser:
+  """A bidirectional model as a denoiser; with guidance, away from what it makes of the null prompt's K/V."""
+
+  def clean(x, sigma, kv):
+    return to_x0(model, whole_clip(model, params, kv, x, sigma), x, sigma)
+
+  def denoise(x, sigma):
+    x0 = clean(x, sigma, text_kv)
+    if guidance == 1:
+      return x0
+    without = clean(x, sigma, null_kv)
+    return without + guidance * (x0 - without)
+
+  return denoise
+
+
+def noised(key: Array, x: Float[Array, "B T h w C"], shift: float):
+  """The clips at one noise level each: (noisy, sigma [B,T], noise); uniform before the shift, within `_LEVELS`."""
+  levels, draws = jax.random.split(key)
+  sigma = jnp.clip(shift_sigma(jax.random.uniform(levels, x.shape[:1]), shift), *_LEVELS)
+  sigma = jnp.broadcast_to(sigma[:, None], x.shape[:2])
+  noise = jax.random.normal(draws, x.shape)
+  return add_noise(x, noise, sigma), sigma, noise
+
+
+def generator_loss(key: Array, x: Float[Array, "B T h w C"], real: Denoiser, fake: Denoiser, shift: float = 5.0):
+  """Half the squared distance of x to where x would go; its gradient in x is (fake - real) / mean |x - real| / x.size.
+
+  Returns the loss and metrics: how large that direction is, and how many clips had one that is not finite (they get none).
+  """
+  constant = jax.lax.stop_gradient(x)
+  noisy, sigma, _ = noised(key, constant, shift)
+  real_x0, fake_x0 = real(noisy, sigma), fake(noisy, sigma)
+  scale = jnp.abs(constant - real_x0).mean((1, 2, 3, 4), keepdims=True)
+  direction = jax.lax.stop_gradient((fake_x0 - real_x0) / scale)
+  finite = jnp.isfinite(direction).all((1, 2, 3, 4), keepdims=True)
+  direction = jnp.where(finite, direction, 0)
+  loss = 0.5 * ((x - (constant - direction)) ** 2).mean()
+  return loss, {"direction": jnp.abs(direction).mean(), "not_finite": (~finite).sum()}
+
+
+def critic_loss(
+  key: Array, x: Float[Array, "B T h w C"], model: ModelConfig, output, shift: float = 5.0
+) -> Float[Array, ""]:
+  """Flow loss of the fake score on the student's clips; output: (x, sigma) -> what the network returns."""
+  x = jax.lax.stop_gradient(x)
+  noisy, sigma, noise = noised(key, x, shift)
+  return flow_loss(model, output(noisy, sigma), noisy, x, noise, sigma).mean()

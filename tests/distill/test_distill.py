@@ -1,0 +1,224 @@
+"""Distribution matching: where everything is known in closed form, and the student's gradient against a plain function's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sfjax import distill, rollout
+from sfjax import memory as kv
+from sfjax.flow import SamplerConfig, few_step
+from sfjax.routing import MemoryConfig
+from tests.memory.test_equality import random_params, tiny
+
+SHAPE = (4096, 2, 1, 2, 3)
+SPREAD = 0.7  # of real and of generated clips alike
+STUDENT = tiny(latent_size=(4, 6), tile=(1, 2, 3), layers=2, prediction="x0")
+MEMORY = MemoryConfig(window=1, persistent=3, top_k=0.5, rope_cap=4)  # what a chunk reads of the past is P
+FEW = SamplerConfig("few_step", steps=3, shift=5.0)
+
+
+def gaussian(mean):
+  """The best denoiser of clips drawn from N(mean, SPREAD^2): x0 + noise is Gaussian, so its mean is linear."""
+
+  def denoise(x, sigma):
+    s = sigma[..., None, None, None]
+    keep = (1 - s) * SPREAD**2 / ((1 - s) ** 2 * SPREAD**2 + s**2)
+    return mean + keep * (x - (1 - s) * mean)
+
+  return denoise
+
+
+def test_levels_and_noise():
+  x = jax.random.normal(jax.random.key(0), SHAPE)
+  noisy, sigma, noise = distill.noised(jax.random.key(1), x, 5.0)
+  assert (sigma == sigma[:, :1]).all() and sigma.min() >= 0.02 and sigma.max() <= 0.98
+  np.testing.assert_allclose(
+    noisy, (1 - sigma[..., None, None, None]) * x + sigma[..., None, None, None] * noise, atol=1e-6
+  )
+  # u above 0.98 / (0.98 + 5 x 0.02) = 0.907 is clipped; of 4,096 draws the share deviates by 0.005.
+  assert abs((sigma[:, 0] == 0.98).mean() - 0.093) < 0.02
+  assert abs(noise.std() - 1) < 0.01
+
+
+def test_the_direction_is_that_between_the_two_distributions():
+  """x = theta + SPREAD z. Both denoisers are Gaussian, so fake - real is (1 - keep (1 - sigma)) (theta - mean)."""
+  theta, mean = 0.4, jnp.asarray([1.0, -0.5, 0.4])
+  z = jax.random.normal(jax.random.key(2), SHAPE)
+
+  def loss(theta):
+    x = theta + SPREAD * z
+    return distill.generator_loss(jax.random.key(3), x, gaussian(mean), gaussian(jax.lax.stop_gradient(theta)))[0]
+
+  got = jax.grad(loss)(jnp.full(3, theta))
+  x = theta + SPREAD * z
+  noisy, sigma, _ = distill.noised(jax.random.key(3), x, 5.0)
+  s = np.asarray(sigma)[..., None, None, None]
+  keep = (1 - s) * SPREAD**2 / ((1 - s) ** 2 * SPREAD**2 + s**2)
+  scale = np.abs(x - gaussian(mean)(noisy, sigma)).mean((1, 2, 3, 4), keepdims=True)
+  want = (np.broadcast_to((1 - keep * (1 - s)) * (theta - np.asarray(mean)) / scale, SHAPE) / x.size).sum((0, 1, 2, 3))
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
+  assert (np.sign(got[:2]) == [-1, 1]).all() and abs(got[2]) < 1e-6  # where it is right already, nothing moves it
+
+
+def test_descent_ends_at_the_real_distribution():
+  """Mean and spread of a linear student, the fake denoiser always that of its clips."""
+  mean = jnp.asarray([1.0, -0.5, 0.2])
+
+  @jax.jit
+  def step(theta, key):
+    noise, draw = jax.random.split(key)
+    z = jax.random.normal(draw, (64, *SHAPE[1:]))
+    loss = lambda theta: distill.generator_loss(
+      noise, theta + SPREAD * z, gaussian(mean), gaussian(jax.lax.stop_gradient(theta))
+    )[0]
+    return theta - 3.0 * jax.grad(loss)(theta)
+
+  theta = jnp.zeros(3)
+  for i in range(60):
+    theta = step(theta, jax.random.key(i))
+  np.testing.assert_allclose(theta, mean, atol=1e-3)
+
+
+def test_a_clip_without_a_finite_direction_is_left_alone():
+  x = jax.random.normal(jax.random.key(4), (3, 2, 1, 2, 3))
+  broken = lambda y, s: gaussian(0.3)(y, s).at[1].set(jnp.nan)
+  f = lambda x: distill.generator_loss(jax.random.key(5), x, broken, gaussian(0.0))
+  (loss, metrics), grad = jax.value_and_grad(f, has_aux=True)(x)
+  assert np.isfinite(loss) and metrics["not_finite"] == 1
+  assert not grad[1].any() and grad[0].any() and np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("prediction", ["x0", "flow"])
+def test_the_critic_is_best_where_it_denoises_best(prediction):
+  model = dataclasses.replace(STUDENT, prediction=prediction)
+  x = 0.4 + SPREAD * jax.random.normal(jax.random.key(6), SHAPE)
+
+  def loss(mean):
+    def output(y, s):
+      x0 = gaussian(mean)(y, s)
+      return x0 if prediction == "x0" else (y - x0) / s[..., None, None, None]
+
+    return distill.critic_loss(jax.random.key(7), x, model, output)
+
+  best, below, above = (float(loss(m)) for m in (0.4, 0.3, 0.5))
+  assert best < below and best < above
+  assert not np.any(jax.grad(lambda x: distill.critic_loss(jax.random.key(7), x, model, gaussian(0.4)))(x))
+
+
+def test_a_bidirectional_model_denoises_the_whole_clip():
+  teacher = tiny(latent_size=(4, 6), tile=(3, 2, 3), layers=2, chunk_frames=6, prediction="flow")
+  params = random_params(teacher, 2)
+  kv = rollout.text_kv(teacher, params, jax.random.normal(jax.random.key(8), (2, teacher.text_len, teacher.text_dim)))
+  null = jax.tree.map(jnp.zeros_like, kv)
+  x = jax.random.normal(jax.random.key(9), (2, 6, 4, 6, 3))
+  sigma = jnp.asarray([[0.5] * 6, [0.9] * 6])
+  alone = distill.denoiser(teacher, params, kv)(x, sigma)
+  out = distill.whole_clip(teacher, params, kv, x, sigma)
+  np.testing.assert_allclose(alone, x - sigma[..., None, None, None] * out, atol=1e-5)
+  last = distill.whole_clip(teacher, params, kv, x.at[:, 5].add(1), sigma)
+  assert np.abs(last - out)[:, 0].max() > 1e-3  # the first frame sees the last
+  without = distill.denoiser(teacher, params, null)(x, sigma)
+  guided = distill.denoiser(teacher, params, kv, null, 4.0)(x, sigma)
+  np.testing.assert_allclose(guided, without + 4 * (alone - without), rtol=1e-5, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def student():
+  params = random_params(STUDENT, 3)
+  text = jax.random.normal(jax.random.key(10), (1, STUDENT.text_len, STUDENT.text_dim))
+  return params, text
+
+
+def play(params, text, exit_step, cache_gradient="straight_through", chunks=3, memory=MEMORY):
+  start = rollout.start(STUDENT, memory, params, text)
+  return rollout.self_forcing(
+    STUDENT, memory, FEW, params, start, jax.random.key(11), jnp.arange(1), chunks, exit_step, cache_gradient
+  )
+
+
+def test_the_last_exit_is_the_rollout(student):
+  params, text = student
+  x, memory = jax.jit(lambda: play(params, text, FEW.steps - 1))()
+  want, after = jax.jit(
+    lambda: rollout.rollout(
+      STUDENT, MEMORY, FEW, params, rollout.start(STUDENT, MEMORY, params, text), jax.random.key(11), jnp.arange(1), 3
+    )
+  )()
+  np.testing.assert_allclose(x, want, atol=1e-5 * float(jnp.abs(want).max()))
+  np.testing.assert_array_equal(memory.origin, after.origin)
+  np.testing.assert_allclose(memory.k, after.k, atol=1e-4)
+  early = jax.jit(lambda: play(params, text, 0))()[0]
+  assert np.abs(early - x).max() > 1e-2
+
+
+def unrolled(params, text, exit_step, cache_gradient, frozen=None, chunks=3):
+  """The same written out chunk by chunk, what is constant handed in: a plain function of params. Returns (clips, constants)."""
+  memory, clips, made = rollout.start(STUDENT, MEMORY, params, text), [], []
+  key, level = jax.random.key(11), lambda i: jnp.full((1, 3), FEW.sigmas[i])
+  for t in range(chunks):
+    memory = kv.per_layer(kv.begin_chunk, STUDENT, MEMORY, memory)
+    step = lambda x, i, commit, m=memory: rollout._forward(
+      STUDENT, MEMORY, params, m, x, level(i), commit, keep=not commit
+    )
+    if frozen is None:
+      keys = rollout.chunk_keys(key, jnp.arange(1), t)
+      x = jax.random.normal(jax.random.fold_in(keys[0], 0), (1, 3, *STUDENT.latent_size, STUDENT.latent_channels))
+      for i in range(exit_step):
+        x = few_step(STUDENT, FEW, x, step(x, i, False)[0], i, keys)
+    else:
+      x = frozen[t]["x"]
+    x0, _, own = step(x, exit_step, False)  # it predicts x0
+    if frozen is None:
+      clean = step(x0, -1, True)[2]
+      made.append({"x": x, "own": own, "clean": clean})
+    else:
+      clean, was = frozen[t]["clean"], frozen[t]["own"]
+      if cache_gradient == "straight_through":
+        clean = clean._replace(k=clean.k + own[0] - was[0], v=clean.v + own[1] - was[1])
+    memory = kv.per_layer(kv.commit_chunk, STUDENT, MEMORY, memory, clean)
+    clips.append(x0)
+  return jnp.stack(clips, 1), made
+
+
+def test_gradient_is_that_of_a_plain_function(student):
+  """By autodiff of the function written out, in which nothing is stopped, and by finite differences of it."""
+  params, text = student
+  exit_step, found = 1, {}
+  target = jax.random.normal(jax.random.key(12), (1, 3, 3, 4, 6, 3))
+  error = lambda x: ((x - target) ** 2).mean()
+  frozen = jax.jit(lambda p: unrolled(p, text, exit_step, None)[1])(params)
+  for how in rollout.CACHE_GRADIENTS:
+    value, grads = jax.jit(jax.value_and_grad(lambda p, how=how: error(play(p, text, exit_step, how)[0])))(params)
+    plain = jax.jit(jax.value_and_grad(lambda p, how=how: error(unrolled(p, text, exit_step, how, frozen)[0])))
+    want_value, want = plain(params)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    norm = optax.tree.norm(want)
+    assert optax.tree.norm(optax.tree.sub(grads, want)) <= 1e-4 * norm  # sums of 1e5 terms, in another order
+    rng = np.random.default_rng(13)
+    direction = jax.tree.map(lambda g: g + jnp.asarray(rng.normal(size=g.shape), jnp.float32) * jnp.abs(g).mean(), want)  # noqa: B023
+    size = float(optax.tree.norm(direction))
+    moved = [float(plain(optax.tree.add_scale(params, s / size, direction))[0]) for s in (0.01, -0.01)]
+    slope = float(optax.tree.vdot(grads, direction)) / size
+    # A central difference errs by the third derivative times the step squared, and float32 by 1e-6 of the loss.
+    assert abs((moved[0] - moved[1]) / 0.02 - slope) <= 0.05 * slope
+    found[how] = grads
+  apart = optax.tree.norm(optax.tree.sub(*found.values()))
+  assert apart > 1e-2 * norm  # what went through the memory
+
+
+@pytest.mark.parametrize(
+  ("sampler", "how", "line"),
+  [
+    (SamplerConfig("euler", steps=3), "detached", "sampler: kind euler"),
+    (dataclasses.replace(FEW, guidance=2.0), "detached", "guidance 2.0"),
+    (FEW, "none", "cache_gradient: 'none'; want one of straight_through, detached"),
+  ],
+)
+def test_what_cannot_be_rolled_out(student, sampler, how, line):
+  params, text = student
+  with pytest.raises(ValueError, match=line):
+    rollout.self_forcing(STUDENT, MEMORY, sampler, params, None, None, None, 1, 0, how)
