@@ -206,8 +206,7 @@ def self_forcing(
 
   Every chunk is denoised without gradient up to `exit_step`; that step's clean prediction is the chunk, with its gradient, and
   what the memory then gets in a clean pass without. Gradients reach earlier chunks through their keys and values in the memory,
-  in P as in the window: "straight_through" takes a clean key for that of the chunk's exit step, whose value it does not have;
-  "detached" lets nothing through.
+  in P as in the window: "straight_through" gives a clean key or value the gradient of its exit step's, "detached" none.
 
   Args:
     sampler: of kind "few_step", without guidance. memory: of B rows. exit_step: 0 .. sampler.steps - 1.

@@ -31,6 +31,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
   p.add_argument("--seed", type=int, default=0)
   p.add_argument("--out", default="out", help="folder for video, contact sheet and run.json")
   p.add_argument("--attention", default="sparse", choices=sampling.ATTENTION)
+  p.add_argument(
+    "--tiny_decoder", metavar="FILE", help="decode Wan2.1's latents by TAEHV's taew2_1.pth: faster, coarser"
+  )
   p.add_argument("--image", help="first frame")
   p.add_argument("--video", help="a video to continue; it opens the result")
   p.add_argument("--save_state", help="file for the state, to go on later; ends with a whole chunk")
@@ -95,7 +98,7 @@ def run(argv: list[str]) -> None:
 
   began = time.perf_counter()
   keep_programs()
-  sampler = sampling.Sampler(a.checkpoint, a.attention, a.steps, a.guidance)
+  sampler = sampling.Sampler(a.checkpoint, a.attention, a.steps, a.guidance, a.tiny_decoder)
   for flag, texts in a.texts.items():
     sampler.parts.check(texts, flag)
   sampler.text(sum(a.texts.values(), []) or a.prompts)  # together: an encoder loaded for new prompts is loaded once

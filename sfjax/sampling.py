@@ -16,7 +16,7 @@ from sfjax import rollout
 from sfjax.config import Config
 from sfjax.errors import UserError
 from sfjax.memory import KVMemory, memory_bytes
-from sfjax.parts import Parts, load_parts
+from sfjax.parts import Parts, load_parts, with_tiny_decoder
 from sfjax.routing import MemoryConfig
 
 SHIPPED = pathlib.Path(__file__).parent.parent / "checkpoints" / "digits"
@@ -38,14 +38,16 @@ class Sampler:
 
   Args:
     model: a model folder, or one that `load_parts` has read. attention: "sparse" (the trained memory), "window" or "dense".
-    steps, guidance: override the config's sampler.
+    steps, guidance: override the config's sampler. tiny_decoder: a file, see `with_tiny_decoder`.
 
   Raises:
     UserError: the folder is absent, damaged or of another config.
   """
 
-  def __init__(self, model=SHIPPED, attention="sparse", steps=None, guidance=None):
+  def __init__(self, model=SHIPPED, attention="sparse", steps=None, guidance=None, tiny_decoder=None):
     self.parts = model if isinstance(model, Parts) else load_parts(model)
+    if tiny_decoder:
+      self.parts = with_tiny_decoder(self.parts, tiny_decoder)
     config = self.parts.config
     changes = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
     try:
@@ -176,7 +178,7 @@ class Stream:
 def sample(
   prompt: str = "a red 3 and a blue 7", seconds: float = 5.0, seed: int = 0, checkpoint_dir=SHIPPED, **options
 ):
-  """A video in a notebook: uint8 [F,h,w,3]. options: attention, steps, guidance, see `Sampler`."""
+  """A video in a notebook: uint8 [F,h,w,3]. options: attention, steps, ..., see `Sampler`."""
   sampler = Sampler(checkpoint_dir, **options)
   stream = sampler.stream(sampler.start([prompt], seed), round(seconds * sampler.fps), seed, [0])
   return np.concatenate([frames[0] for frames in stream])

@@ -108,6 +108,13 @@ def _graph(cfg: TinyVAEConfig):
   return nnx.graphdef(nnx.eval_shape(functools.partial(TinyDecoder, cfg), nnx.Rngs(0)))
 
 
+@functools.cache
+def _state_shapes(cfg: TinyVAEConfig, shape: tuple[int, ...]):
+  """What the decoder leaves behind after a first input of that shape."""
+  x = jax.ShapeDtypeStruct(shape, jnp.dtype(cfg.dtype))
+  return jax.eval_shape(lambda x: TinyDecoder(cfg, nnx.Rngs(0))(x, None)[1], x)
+
+
 @dataclasses.dataclass(frozen=True)
 class TinyVAE:
   """The decoder: pure functions of `params`, an nnx.State. Latents are normalised, as the DiT has them."""
@@ -136,8 +143,7 @@ class TinyVAE:
 
   def init_decoder_state(self, batch: int, h: int, w: int) -> Any:
     """The state before a video of h x w latents begins: a pytree of zeros."""
-    x = jax.ShapeDtypeStruct((batch, 1, h, w, self.channels), jnp.dtype(self.config.dtype))
-    shapes = jax.eval_shape(lambda x: TinyDecoder(self.config, nnx.Rngs(0))(x, None)[1], x)
+    shapes = _state_shapes(self.config, (batch, 1, h, w, self.channels))
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
   def decode_chunk(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 import shutil
 import time
@@ -15,6 +16,7 @@ import sample
 from sfjax import convert, sample_command, wan, wan_keys, wan_vae_keys
 from sfjax.model import ModelConfig
 from sfjax.sampling import Sampler
+from sfjax.tiny_vae import TinyVAE, from_official
 from sfjax.umt5 import UMT5Config
 from sfjax.wan_vae import WanVAE, WanVAEConfig, to_uint8
 from tests.fixtures.seeded import weight
@@ -23,6 +25,7 @@ from tests.wan import test_umt5
 DIT = ModelConfig.wan_1_3b(dim=64, layers=2, heads=2, ffn_dim=96, text_dim=32, freq_dim=32)
 TEXT = UMT5Config(vocab=512, dim=32, heads=4, head_dim=8, ffn_dim=64, layers=2)
 VAE = WanVAEConfig(dim=8)
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +167,51 @@ def test_a_stream_may_be_left_early(folder):
   made = len(begun)
   time.sleep(0.2)
   assert len(begun) == made <= 3
+
+
+@pytest.fixture(scope="module")
+def tiny_decoder(tmp_path_factory):
+  with np.load(FIXTURES / "tiny_vae.npz") as f:
+    arrays = {n: weight(n, tuple(map(int, s.split()))).astype(np.float32) for n, s in f["names"]}
+  path = tmp_path_factory.mktemp("taehv") / "taew2_1.safetensors"
+  save_file(arrays, path)
+  return path, arrays
+
+
+def test_pixels_of_the_tiny_decoder(folder, tiny_decoder, tmp_path):
+  path, arrays = tiny_decoder
+  sampler, seen = Sampler(folder, tiny_decoder=path), []
+
+  def spy(state, latents, first, decode=sampler.parts.decode):
+    seen.append(latents)
+    return decode(state, latents, first)
+
+  sampler.parts = dataclasses.replace(sampler.parts, decode=spy)
+  frames = np.concatenate(list(sampler.stream(sampler.start(["a cat"], 3), 21, 3, [0])), 1)
+  vae = TinyVAE()
+  whole = to_uint8(vae.decode(from_official(vae.config, arrays), jnp.concatenate(seen, 1)))
+  apart = np.abs(frames.astype(int) - np.asarray(whole).astype(int))
+  assert apart.max() <= 1 and apart.mean() < 1e-3 and np.ptp(frames) > 50
+  flags = ["--checkpoint", str(folder), "--prompt", "a cat", "--seconds", "1", "--seed", "3", "--out", str(tmp_path)]
+  sample.main([*flags, "--tiny_decoder", str(path)])
+  assert json.loads((tmp_path / "run.json").read_text())["videos"][0]["frames"] == 16
+
+
+def test_a_wrong_tiny_decoder_is_refused_in_one_line(folder, tiny_decoder, tmp_path, capsys):
+  other = tmp_path / "other.safetensors"
+  save_file({"x": np.zeros(3, np.float32)}, other)
+  for flags, line in (
+    (
+      ["--checkpoint", str(folder), "--prompt", "a cat", "--tiny_decoder", str(other)],
+      "--tiny_decoder: .*other.safetensors lacks",
+    ),
+    (
+      ["--checkpoint", str(folder), "--prompt", "a cat", "--tiny_decoder", "none.pth"],
+      "--tiny_decoder: none.pth: no such file",
+    ),
+    (["--tiny_decoder", str(tiny_decoder[0])], "--tiny_decoder: it decodes Wan2.1's latents"),
+  ):
+    with pytest.raises(SystemExit) as e:
+      sample.main([*flags, "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and text.count("\n") == 1 and re.search(line, text), text
