@@ -11,13 +11,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.device import current_device
+
 ROWS = 64
 
 
 def unsupported(x) -> str | None:
   """Why this implementation cannot serve a call, or None."""
   rows, c = x.shape[2] * x.shape[3], x.shape[-1]
-  device = jax.devices()[0]
+  device = current_device()
   if getattr(device, "compute_capability", None) != "9.0":
     return f"implementation: mosaic_sm90 wants a Hopper GPU, not {device.device_kind}"
   if x.dtype != jnp.bfloat16:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.device import current_device
 from pallas_kernels.pbsa import cudnn, mosaic_sm90
 from pallas_kernels.pbsa.lists import BLOCK, TILE
 from pallas_kernels.pbsa.mosaic_sm90_config import choose_config
@@ -101,7 +102,7 @@ def pbsa(
   if implementation not in (None, *IMPLEMENTATIONS):
     raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  device = _current_device()
+  device = current_device()
   if implementation in (None, "mosaic_sm90"):
     reason = mosaic_sm90.unsupported(device, q, scale)
     if implementation and reason:
@@ -124,12 +125,6 @@ def pbsa(
     k, v, prefix_k = map(one, (k, v, prefix_k))
   out, lse = pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, scale, kv_grad_range)
   return (out, lse) if return_lse else out
-
-
-def _current_device() -> jax.Device:
-  """Where arrays go that nobody has placed."""
-  device = jax.config.jax_default_device
-  return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
 @jax.custom_jvp

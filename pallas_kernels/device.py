@@ -1,0 +1,9 @@
+"""The device that a kernel is chosen for."""
+
+import jax
+
+
+def current_device() -> jax.Device:
+  """Where arrays go that nobody has placed."""
+  device = jax.config.jax_default_device
+  return device if isinstance(device, jax.Device) else jax.devices(device)[0]
