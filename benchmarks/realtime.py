@@ -29,6 +29,7 @@ from sfjax.checkpoint import named
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
 from sfjax.data.digits import chunk_of_frame
 from sfjax.errors import Parser, UserError, command
+from sfjax.memory import held_bytes
 from sfjax.parts import Parts, in_compute_dtype, wan_parts
 from sfjax.routing import MemoryConfig
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
@@ -75,9 +76,8 @@ def random_parts(config: Config, vae: WanVAEConfig, seed: int = 0) -> Parts:
 def memories(config: Config, seconds: float) -> dict[str, MemoryConfig]:
   """What can be asked for by --attention."""
   chunks = chunk_of_frame(round(seconds * config.data.fps) - 1) + 1
-  of_window = lambda n: dataclasses.replace(config.memory, window=n, persistent=0, top_k=1.0, sink_chunks=0)
   presets = {name: attention_preset(config, name) for name in ATTENTION}
-  return presets | {"window9": of_window(3), "full": of_window(chunks)}
+  return presets | {"window9": config.memory.of_window(3), "full": config.memory.of_window(chunks)}
 
 
 def measure(parts: Parts, memory: MemoryConfig, seconds: float) -> dict:
@@ -100,7 +100,6 @@ def measure(parts: Parts, memory: MemoryConfig, seconds: float) -> dict:
   full = full if full < len(times) else min(1, len(times) - 1)
   steady = np.median(times[full:], 0)
   per_chunk = model.chunk_frames * parts.codec.time
-  held = sum(x.size * x.dtype.itemsize for x in (stream.memory.k, stream.memory.v, stream.memory.pooled))
   return {
     "frames": frames,
     "compile_s": compiled,
@@ -111,7 +110,7 @@ def measure(parts: Parts, memory: MemoryConfig, seconds: float) -> dict:
     "end_to_end": latency(times[full:, 1].tolist()),
     "late_over_early": float(np.median(times[-4:, 0]) / np.median(times[full : full + 4, 0])),
     "chunk_times_s": times.tolist(),
-    "kv_bytes": {"predicted": sampler.kv_bytes["kv"], "measured": held},
+    "kv_bytes": {"predicted": sampler.kv_bytes["kv"], "measured": held_bytes(stream.memory)},
     "peak_memory": peak_memory(),
   }
 

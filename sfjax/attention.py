@@ -34,10 +34,10 @@ from sfjax.routing import (
 
 
 def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix_k=None, keep=False):
-  """Attends from one chunk to the memory, begun for that chunk. The layer input is a `KVMemory` and the layer's index.
+  """Attends from one chunk to the memory, begun for that chunk. The layer input is a `KVMemory` and the layer's index, or None.
 
   The memory's slots come in one of two ways. As part of the layer input, that of the layer: nothing is changed, and all is
-  differentiable. Or as the carry, (k, v) of all layers, the index telling which: the chunk is written there, in place where
+  differentiable. Or as the carry, (k, v) of all layers, the index telling which one: the chunk is written there, in place where
   the carry is donated, and no slot is copied; forward only. The commit pass returns a `Commit`, with k and v only where the
   carry does not hold them already; a denoising step returns None, or with `keep` its own k and v.
 
@@ -45,12 +45,10 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
   """
   layout = model.layout
 
-  def attend(block, slots, given: tuple[kv.KVMemory, Int32[Array, ""]], q, k, v):
+  def attend(block, slots, given: tuple[kv.KVMemory, Int32[Array, ""] | None], q, k, v):
     m, layer = given
     q, k, v = (layout.pack(x[:, 0]) for x in (q, k, v))
-    if slots is None:
-      layer = None
-    else:
+    if slots is not None:
       m = m.replace(k=slots[0], v=slots[1])
     m = kv.write_chunk(model, cfg, m, k, v, layer)
     q_pooled = pool_queries(q, layout, cfg.route_parts)

@@ -95,6 +95,11 @@ def memory_bytes(model: ModelConfig, cfg: MemoryConfig, batch: int = 1) -> dict[
   }
 
 
+def held_bytes(m: KVMemory) -> int:
+  """What `memory_bytes` predicts as "kv", measured."""
+  return sum(x.size * x.dtype.itemsize for x in (m.k, m.v, m.pooled))
+
+
 def _ring_block(model: ModelConfig, cfg: MemoryConfig, chunk) -> Array:
   """First block of a chunk's ring slot."""
   return cfg.persistent + (chunk % cfg.window) * model.layout.blocks

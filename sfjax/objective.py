@@ -5,8 +5,6 @@ last clean chunk would be read by nobody and is left out.
 Letters: B clips, n chunks, F latent frames of a chunk, h, w, C a latent frame, M words.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -23,7 +21,7 @@ def stage_memory(memory: MemoryConfig, stage: Stage) -> MemoryConfig:
   """The memory a stage trains with: the native one, or the whole clip as the window."""
   if not stage.dense:
     return memory
-  return dataclasses.replace(memory, window=stage.chunks, persistent=0, top_k=1.0, sink_chunks=0)
+  return memory.of_window(stage.chunks)
 
 
 def loss(

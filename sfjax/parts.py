@@ -112,11 +112,6 @@ def in_compute_dtype(config: Config, vae: WanVAEConfig) -> tuple[Config, WanVAEC
 def wan_parts(config: Config, vae: WanVAEConfig, dit: dict, pixels: dict, check, text) -> Parts:
   """Parts around Wan2.1's DiT. pixels: the VAE's weights. check, text: see `Parts`."""
   codec = WanVAE(vae)
-
-  def decode(state, latents, first):
-    state, out = codec.decode_chunk(pixels, state, latents, first)
-    return state, to_uint8(out)
-
   encode = jax.jit(lambda frames: codec.encode(pixels, from_uint8(frames)))
   return Parts(
     config=config,
@@ -125,9 +120,21 @@ def wan_parts(config: Config, vae: WanVAEConfig, dit: dict, pixels: dict, check,
     check=check,
     text=text,
     encode=lambda frames: encode(jnp.asarray(frames)),
-    start=lambda batch: codec.init_decoder_state(batch, *config.model.latent_size),
-    decode=jax.jit(decode, static_argnums=2, donate_argnums=0),
+    **_streaming(config, codec, pixels),
   )
+
+
+def _streaming(config: Config, codec, pixels) -> dict[str, Callable]:
+  """`start` and `decode` of `Parts` for a streaming decoder and its weights."""
+
+  def decode(state, latents, first):
+    state, out = codec.decode_chunk(pixels, state, latents, first)
+    return state, to_uint8(out)
+
+  return {
+    "start": lambda batch: codec.init_decoder_state(batch, *config.model.latent_size),
+    "decode": jax.jit(decode, static_argnums=2, donate_argnums=0),
+  }
 
 
 def with_tiny_decoder(parts: Parts, file) -> Parts:
@@ -145,13 +152,7 @@ def with_tiny_decoder(parts: Parts, file) -> Parts:
     params = jax.device_put(from_official(codec.config, weights, str(file)))
   except UserError as e:
     raise UserError(f"--tiny_decoder: {e}") from e
-
-  def decode(state, latents, first):
-    state, out = codec.decode_chunk(params, state, latents, first)
-    return state, to_uint8(out)
-
-  start = lambda batch: codec.init_decoder_state(batch, *parts.config.model.latent_size)
-  return dataclasses.replace(parts, start=start, decode=jax.jit(decode, static_argnums=2, donate_argnums=0))
+  return dataclasses.replace(parts, **_streaming(parts.config, codec, params))
 
 
 def _sizes(folder: pathlib.Path, part: str, config):

@@ -73,6 +73,12 @@ def chunk_keys(key: Array, sample: Int32[Array, "B"], chunk: Int32[Array, ""]) -
   return jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(key, s), chunk))(sample)
 
 
+def _first_noise(model: ModelConfig, keys: Array) -> Float[Array, "B F h w C"]:
+  """What a chunk is denoised from; keys: of `chunk_keys`."""
+  shape = (model.chunk_frames, *model.latent_size, model.latent_channels)
+  return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
+
+
 def _forward(
   model, cfg, params, memory: kv.KVMemory, x, sigma, commit: bool, in_place=False, prefix_k=None, keep=False
 ):
@@ -90,7 +96,7 @@ def _forward(
     memory.chunk[:1],
     (memory.cross_k, memory.cross_v),
     cached_attention(model, cfg, commit, prefix_k, keep),
-    (layer_inputs, jnp.arange(model.layers)),
+    (layer_inputs, jnp.arange(model.layers) if in_place else None),
     (memory.k, memory.v) if in_place else None,
   )
   return out[:, 0], memory.replace(k=slots[0], v=slots[1]) if in_place else memory, aux
@@ -146,8 +152,7 @@ def rollout_chunk(
   """
   memory, how = _begin(model, cfg, memory, in_place)
   keys = chunk_keys(key, sample, memory.chunk[0])
-  shape = (model.chunk_frames, *model.latent_size, model.latent_channels)
-  noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
+  noise = _first_noise(model, keys)
   guided = sampler.guidance != 1
 
   def predict(x, sigma, memory):
@@ -178,13 +183,18 @@ def rollout(
   chunks: int,
 ) -> tuple[Float[Array, "B n F h w C"], kv.KVMemory]:
   """`chunks` chunks in one scan. Differentiable: a chunk's gradient flows through the memory."""
+  return _in_turn(lambda m: rollout_chunk(model, cfg, sampler, params, m, key, sample), memory, chunks)
 
-  def step(m, _):
-    x0, m = rollout_chunk(model, cfg, sampler, params, m, key, sample)
-    return m, x0
 
-  memory, x = jax.lax.scan(step, memory, length=chunks)
-  return jnp.moveaxis(x, 0, 1), memory
+def _in_turn(chunk, memory: kv.KVMemory, chunks: int):
+  """chunk: memory -> (latents, memory), so many times: the latents side by side, and the last memory."""
+
+  def step(memory, _):
+    x0, memory = chunk(memory)
+    return memory, x0
+
+  memory, x0 = jax.lax.scan(step, memory, length=chunks)
+  return jnp.moveaxis(x0, 0, 1), memory
 
 
 CACHE_GRADIENTS = ("straight_through", "detached")
@@ -220,12 +230,11 @@ def self_forcing(
     raise ValueError(f"cache_gradient: {cache_gradient!r}; want one of {', '.join(CACHE_GRADIENTS)}")
   constant = functools.partial(jax.tree.map, jax.lax.stop_gradient)
   fixed, sigmas = constant(params), jnp.asarray(sampler.sigmas)
-  shape = (model.chunk_frames, *model.latent_size, model.latent_channels)
 
-  def chunk(memory, _):
+  def chunk(memory):
     memory = kv.per_layer(kv.begin_chunk, model, cfg, memory)
     keys = chunk_keys(key, sample, memory.chunk[0])
-    noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
+    noise = _first_noise(model, keys)
     level = lambda i: jnp.full(noise.shape[:2], sigmas[i])
     past = constant(memory)
 
@@ -241,10 +250,9 @@ def self_forcing(
     if cache_gradient == "straight_through":
       k, v = (clean + (noisy - constant(noisy)) for clean, noisy in zip((update.k, update.v), own, strict=True))
       update = update._replace(k=k, v=v)
-    return kv.per_layer(kv.commit_chunk, model, cfg, memory, update), x0
+    return x0, kv.per_layer(kv.commit_chunk, model, cfg, memory, update)
 
-  memory, x0 = jax.lax.scan(chunk, memory, length=chunks)
-  return jnp.moveaxis(x0, 0, 1), memory
+  return _in_turn(chunk, memory, chunks)
 
 
 # For NVIDIA GPUs: products by cuBLAS, which reads weights where they lie and joins a bias and GELU, and each on its own.

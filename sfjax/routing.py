@@ -69,6 +69,10 @@ class MemoryConfig:
       if not ok:
         raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
 
+  def of_window(self, chunks: int) -> "MemoryConfig":
+    """The plain window of so many chunks: everything in it is read, nothing else is kept."""
+    return dataclasses.replace(self, window=chunks, persistent=0, top_k=1.0, sink_chunks=0)
+
   @property
   def selects(self) -> bool:
     """Whether a query tile reads less than the whole window, or more (P); else attention needs no lists."""

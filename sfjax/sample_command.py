@@ -14,7 +14,7 @@ from sfjax import checkpoint, sampling
 from sfjax.config import to_dict
 from sfjax.data.digits import chunk_of_frame, first_frame
 from sfjax.errors import Parser, UserError
-from sfjax.memory import KVMemory
+from sfjax.memory import KVMemory, held_bytes
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
 
 
@@ -152,12 +152,11 @@ def run(argv: list[str]) -> None:
       }
     )
     print(f"{out / f'{i:02d}.mp4'}  {frames} frames in {total:.1f} s  {prompt!r}")
-  held = {"slots_and_pooled": sum(np.prod(x.shape) * x.dtype.itemsize for x in (memory.k, memory.v, memory.pooled))}
   record = run_record(
     to_dict(sampler.config),
     seed=a.seed,
     videos=videos,
-    kv_bytes={"predicted": sampler.kv_bytes, "measured": int(held["slots_and_pooled"])},
+    kv_bytes={"predicted": sampler.kv_bytes, "measured": held_bytes(memory)},
     peak_memory=peak_memory(),
     seconds_total=round(time.perf_counter() - began, 2),
   )

@@ -30,7 +30,7 @@ def attention_preset(config: Config, name: str) -> MemoryConfig:
   if name == "sparse":
     return own
   chunks = _DENSE_CHUNKS if name == "dense" else own.window + round(own.persistent / nb)
-  return dataclasses.replace(own, window=chunks, persistent=0, top_k=1.0, sink_chunks=0)
+  return own.of_window(chunks)
 
 
 class Sampler:
@@ -130,17 +130,16 @@ class Stream:
     return next(self._frames)
 
   def _run(self, frames: int):
-    first = chunk = int(self.memory.chunk[0])
-    last = (0.0, 0.0)
+    first, made, last = int(self.memory.chunk[0]), 0, (0.0, 0.0)
     # Starting a chunk's work lasts nearly as long as the work, since a GPU's queue holds some thousand kernels.
     with ThreadPoolExecutor(1) as starter:
-      work = starter.submit(self._begin, chunk, 0)
+      begin_next = lambda: starter.submit(self._begin, first + made, made)
+      work = begin_next()
       while frames > 0:
         began, latents, pixels, generated = work.result()
-        mine, frames, chunk = min(frames, pixels.shape[1]), frames - pixels.shape[1], chunk + 1
-        start_next = lambda: starter.submit(self._begin, chunk, chunk - first) if frames > 0 else None  # noqa: B023, called here
-        if chunk > first + 1:
-          work = start_next()
+        made, mine, frames = made + 1, min(frames, pixels.shape[1]), frames - pixels.shape[1]
+        if made > 1 and frames > 0:
+          work = begin_next()
         latents.block_until_ready()
         denoised = time.perf_counter()
         pixels.block_until_ready()
@@ -150,8 +149,8 @@ class Stream:
         if generated:
           self.seconds.append((denoised - max(began, last[0]), there - max(began, last[1])))
         last = decoded, there
-        if chunk == first + 1:  # the first frames do not wait until the second chunk has been started, or even compiled
-          work = start_next()
+        if made == 1 and frames > 0:  # the first frames do not wait until the second chunk is started, or even compiled
+          work = begin_next()
         yield pixels
 
   def _begin(self, chunk: int, made: int):

@@ -64,14 +64,16 @@ def test_the_command_makes_a_video(folder, tmp_path):
   assert record["kv_bytes"]["predicted"]["kv"] == record["kv_bytes"]["measured"]
 
 
+def spied(sampler: Sampler, spy) -> Sampler:
+  """The sampler, but that spy(latents, first) is called before a chunk is decoded."""
+  decode = sampler.parts.decode
+  sampler.parts = dataclasses.replace(sampler.parts, decode=lambda s, x, first: (spy(x, first), decode(s, x, first))[1])
+  return sampler
+
+
 def test_streamed_pixels_are_those_of_the_whole_clip(folder):
-  sampler, seen = Sampler(folder), []
-
-  def spy(state, latents, first, decode=sampler.parts.decode):
-    seen.append(latents)
-    return decode(state, latents, first)
-
-  sampler.parts = dataclasses.replace(sampler.parts, decode=spy)
+  seen = []
+  sampler = spied(Sampler(folder), lambda latents, first: seen.append(latents))
   frames = list(sampler.stream(sampler.start(["a cat"], 3), 33, 3, [0]))
   assert [f.shape[1] for f in frames] == [9, 12, 12]
   vae = WanVAE(VAE)
@@ -124,16 +126,9 @@ def test_save_and_continue_equals_the_unbroken_video(folder, tmp_path):
   np.testing.assert_array_equal(on, unbroken[2])
 
 
-def spied(sampler: Sampler, spy) -> Sampler:
-  """The sampler, but that spy(first) is called before a chunk is decoded."""
-  decode = sampler.parts.decode
-  sampler.parts = dataclasses.replace(sampler.parts, decode=lambda s, x, first: (spy(first), decode(s, x, first))[1])
-  return sampler
-
-
 def test_the_next_chunk_is_made_while_the_caller_has_one(folder):
   begun = []
-  sampler = spied(Sampler(folder), begun.append)
+  sampler = spied(Sampler(folder), lambda latents, first: begun.append(first))
   stream = sampler.stream(sampler.start(["a cat"], 3), 45, 3, [0])
   for chunks in (1, 2, 3):
     next(stream)
@@ -147,7 +142,7 @@ def test_the_next_chunk_is_made_while_the_caller_has_one(folder):
 
 
 def test_what_fails_in_the_next_chunk_reaches_the_caller(folder):
-  def broken(first):
+  def broken(latents, first):
     if not first:
       raise FloatingPointError("broken")
 
@@ -160,7 +155,7 @@ def test_what_fails_in_the_next_chunk_reaches_the_caller(folder):
 
 def test_a_stream_may_be_left_early(folder):
   begun = []
-  sampler = spied(Sampler(folder), begun.append)
+  sampler = spied(Sampler(folder), lambda latents, first: begun.append(first))
   stream = sampler.stream(sampler.start(["a cat"], 3), 16 * 60, 3, [0])
   next(stream), next(stream)
   del stream  # waits for the chunk that was begun
@@ -180,13 +175,8 @@ def tiny_decoder(tmp_path_factory):
 
 def test_pixels_of_the_tiny_decoder(folder, tiny_decoder, tmp_path):
   path, arrays = tiny_decoder
-  sampler, seen = Sampler(folder, tiny_decoder=path), []
-
-  def spy(state, latents, first, decode=sampler.parts.decode):
-    seen.append(latents)
-    return decode(state, latents, first)
-
-  sampler.parts = dataclasses.replace(sampler.parts, decode=spy)
+  seen = []
+  sampler = spied(Sampler(folder, tiny_decoder=path), lambda latents, first: seen.append(latents))
   frames = np.concatenate(list(sampler.stream(sampler.start(["a cat"], 3), 21, 3, [0])), 1)
   vae = TinyVAE()
   whole = to_uint8(vae.decode(from_official(vae.config, arrays), jnp.concatenate(seen, 1)))
