@@ -32,16 +32,18 @@ def whole_clip(model: ModelConfig, params, text_kv, x: Float[Array, "B T h w C"]
 
 def denoiser(model: ModelConfig, params, text_kv, null_kv=None, guidance: float = 1.0) -> Denoiser:
   """A bidirectional model as a denoiser; with guidance, away from what it makes of the null prompt's K/V."""
-
-  def clean(x, sigma, kv):
-    return to_x0(model, whole_clip(model, params, kv, x, sigma), x, sigma)
+  guided = guidance != 1
+  if guided:  # both in one pass
+    text_kv = jax.tree.map(lambda *kv: jnp.concatenate(kv, 1), text_kv, null_kv)
 
   def denoise(x, sigma):
-    x0 = clean(x, sigma, text_kv)
-    if guidance == 1:
+    if guided:
+      x, sigma = jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma])
+    x0 = to_x0(model, whole_clip(model, params, text_kv, x, sigma), x, sigma)
+    if not guided:
       return x0
-    without = clean(x, sigma, null_kv)
-    return without + guidance * (x0 - without)
+    with_prompt, without = jnp.split(x0, 2)
+    return without + guidance * (with_prompt - without)
 
   return denoise
 

@@ -1,7 +1,7 @@
 """The objective: flow matching under teacher forcing, with the native memory switched on.
 
 One forward sees a clip twice: clean chunks, which write the memory, and noisy chunks, which read it as a rollout would. The
-last clean chunk would be read by nobody and is left out.
+last clean chunk would be read by nobody and is left out. A bidirectional model is the case of one chunk, as long as a clip.
 Letters: B clips, n chunks, F latent frames of a chunk, h, w, C a latent frame, M words.
 """
 
@@ -13,6 +13,7 @@ from sfjax import rollout
 from sfjax.attention import parallel_attention
 from sfjax.config import Config, Stage
 from sfjax.flow import TIMESTEPS, add_noise, flow_loss, shift_sigma
+from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
 from sfjax.text import WordEncoder
 
@@ -22,6 +23,18 @@ def stage_memory(memory: MemoryConfig, stage: Stage) -> MemoryConfig:
   if not stage.dense:
     return memory
   return memory.of_window(stage.chunks)
+
+
+def cut(model: ModelConfig, key: Array, latents: Float[Array, "B T h w C"]) -> Float[Array, "B n F h w C"]:
+  """Whole chunks of a clip, its last ones half the time, else from its beginning, by clip; where it divides, all of it.
+
+  The beginning counts half, since it alone has a latent of a single frame.
+  """
+  n, spare = divmod(latents.shape[1], model.chunk_frames)
+  if spare:
+    late = jax.random.bernoulli(key, shape=(latents.shape[0], 1, 1, 1, 1))
+    latents = jnp.where(late, latents[:, spare:], latents[:, :-spare])
+  return latents.reshape(latents.shape[0], n, model.chunk_frames, *latents.shape[2:])
 
 
 def loss(
@@ -35,15 +48,15 @@ def loss(
   """Mean velocity error of the noisy frames, and the importance head's auxiliary loss.
 
   Args:
-    params: {"dit", "text"}. latents: T = n F clean latents. words: token ids of the captions.
+    params: {"dit", "text"}. latents: clean, see `cut`. words: token ids of the captions.
 
   Returns:
     The loss, and its parts as metrics.
   """
-  model, train, n = config.model, config.train, stage.chunks
+  model, train = config.model, config.train
+  x0 = cut(model, jax.random.fold_in(key, 2), latents)
+  b, n = x0.shape[:2]
   memory = stage_memory(config.memory, stage)
-  b = latents.shape[0]
-  x0 = latents.reshape(b, n, model.chunk_frames, *latents.shape[2:])
   keys = iter(jax.random.split(key, 8))
   uniform = lambda *shape: jax.random.uniform(next(keys), shape)
 

@@ -51,9 +51,23 @@ class DigitsSource:
     return {"frames": clip.frames, "caption": clip.caption}
 
 
+class Prompts:
+  """The captions of a source's clips: {"caption": str}."""
+
+  def __init__(self, source: Source):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict:
+    return {"caption": self._source[index]["caption"]}
+
+
 def _stack(examples) -> dict:
-  """frames uint8 [B, F, h, w, 3], caption list[str]."""
-  return {"frames": np.stack([e["frames"] for e in examples]), "caption": [e["caption"] for e in examples]}
+  """Arrays on a leading axis, strings in a list."""
+  columns = {key: [e[key] for e in examples] for key in examples[0]}
+  return {key: x if isinstance(x[0], str) else np.stack(x) for key, x in columns.items()}
 
 
 def make_loader(
@@ -66,7 +80,7 @@ def make_loader(
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator:
-  """Endless batches {"frames": uint8 [B, F, h, w, 3], "caption": list of B strings}.
+  """Endless batches {"frames": uint8 [B, F, h, w, 3], "caption": list of B strings}, or of what else a source has.
 
   Args:
     source: clips; a finite one is shuffled anew in every epoch.

@@ -142,7 +142,7 @@ def play(params, text, exit_step, cache_gradient="straight_through", chunks=3, m
 
 def test_the_last_exit_is_the_rollout(student):
   params, text = student
-  x, memory = jax.jit(lambda: play(params, text, FEW.steps - 1))()
+  x, memory, looks = jax.jit(lambda: play(params, text, FEW.steps - 1))()
   want, after = jax.jit(
     lambda: rollout.rollout(
       STUDENT, MEMORY, FEW, params, rollout.start(STUDENT, MEMORY, params, text), jax.random.key(11), jnp.arange(1), 3
@@ -151,6 +151,8 @@ def test_the_last_exit_is_the_rollout(student):
   np.testing.assert_allclose(x, want, atol=1e-5 * float(jnp.abs(want).max()))
   np.testing.assert_array_equal(memory.origin, after.origin)
   np.testing.assert_allclose(memory.k, after.k, atol=1e-4)
+  nb = STUDENT.layout.blocks
+  np.testing.assert_array_equal(looks.keys[:, :, -1], memory.pooled[:, :, -nb:])  # a window of one chunk
   early = jax.jit(lambda: play(params, text, 0))()[0]
   assert np.abs(early - x).max() > 1e-2
 

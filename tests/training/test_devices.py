@@ -7,21 +7,22 @@ import sys
 SCRIPT = """
 import dataclasses
 import jax, jax.numpy as jnp, numpy as np, optax
-from sfjax import training
+from sfjax import teacher_forcing, training
 from sfjax.codec import DigitsCodec
 from sfjax.config import Config, Stage, load_config, to_dataclass
 from sfjax.objective import loss
+from sfjax.optimizer import optimizer
 
 assert jax.device_count() == 2
 config = to_dataclass(Config, load_config("configs/digits.py:tiny"))
 stage = Stage(1.0, chunks=2, batch=2, firsts=2)
-params = training.init_model(config)
-tx = training.optimizer(config)
+params = teacher_forcing.init_model(config)
+tx = optimizer(config.train)
 state = {"step": jnp.int32(7), "params": params, "ema": jax.tree.map(jnp.copy, params), "opt": tx.init(params)}
 rng = np.random.default_rng(0)
 frames = lambda n: rng.integers(0, 255, (2, n, 64, 64, 3), np.uint8)
 batches = [(frames(21), np.full((2, 16), 3, np.int32)), (frames(9), np.full((2, 16), 5, np.int32))]
-new, metrics = jax.jit(lambda s, b: training.train_step(config, stage, training.data_mesh(), s, b))(state, batches)
+new, metrics = jax.jit(lambda s, b: teacher_forcing.step(config, stage, training.data_mesh(), s, (), b))(state, batches)
 
 @jax.jit
 @jax.value_and_grad
