@@ -71,7 +71,8 @@ class TrainConfig:
   Attributes:
     optimizer: "adamw", or "muon" for the matrices of the blocks with AdamW for the rest; `lr` fits both (equal update RMS).
     warmup: steps of linear warm-up. decay: last fraction of the steps, in which the rate falls linearly to a twentieth.
-    betas: of Adam. threads: of the loader. workers: processes of the loader; 0 uses threads alone.
+    betas: of Adam. patience: after so many steps in a row without a finite gradient, which change nothing, a run stops.
+    threads: of the loader. workers: processes of the loader; 0 uses threads alone.
   """
 
   steps: int
@@ -83,6 +84,7 @@ class TrainConfig:
   decay: float = 0.4
   weight_decay: float = 0.01
   clip: float = 1.0
+  patience: int = 10
   ema: float = 0.999
   accumulate: int = 1
   seed: int = 0

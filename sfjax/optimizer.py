@@ -1,4 +1,7 @@
-"""Optimisers: AdamW or Muon under one schedule, clipped, with decay for matrices alone; and the running average of weights."""
+"""Optimisers: AdamW or Muon under one schedule, clipped, with decay for matrices alone; and the running average of weights.
+
+A gradient that is not finite moves nothing; how many came in a row is counted.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +53,17 @@ def optimizer(t: TrainConfig) -> optax.GradientTransformation:
       consistent_rms=0.2,  # updates as large as Adam's, so that one learning rate serves both
     )
   tx = optax.chain(optax.clip_by_global_norm(t.clip), tx)
-  return tx if t.accumulate == 1 else optax.MultiSteps(tx, t.accumulate).gradient_transformation()
+  return only_finite(tx if t.accumulate == 1 else optax.MultiSteps(tx, t.accumulate).gradient_transformation())
+
+
+def only_finite(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The same, but a gradient with a number that is not finite changes neither parameters nor the optimiser's state."""
+  return optax.apply_if_finite(tx, 2**31 - 1)  # never gives up by itself: the loop does
+
+
+def skipped(opt) -> Int32[Array, ""]:
+  """How many gradients in a row, up to now, an optimiser's state has seen that were not finite."""
+  return opt.notfinite_count
 
 
 def averaged(decay: float, step: Int32[Array, ""], ema, params):

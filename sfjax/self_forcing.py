@@ -19,7 +19,7 @@ from sfjax.config import Config, Stage, to_dataclass
 from sfjax.data.loader import Prompts, Source
 from sfjax.errors import UserError
 from sfjax.model import ModelConfig
-from sfjax.optimizer import averaged, optimizer
+from sfjax.optimizer import averaged, only_finite, optimizer, skipped
 from sfjax.text import WordEncoder
 
 _FLAG = "config.distill.teacher"
@@ -74,9 +74,8 @@ def inputs(config: Config, batch: dict):
 def critic_optimizer(config: Config) -> optax.GradientTransformation:
   """AdamW without a schedule, clipped as the student's."""
   (b1, b2), t = config.train.betas, config.train
-  return optax.chain(
-    optax.clip_by_global_norm(t.clip), optax.adamw(config.distill.critic_lr, b1=b1, b2=b2, weight_decay=t.weight_decay)
-  )
+  adam = optax.adamw(config.distill.critic_lr, b1=b1, b2=b2, weight_decay=t.weight_decay)
+  return only_finite(optax.chain(optax.clip_by_global_norm(t.clip), adam))
 
 
 def state(config: Config) -> dict:
@@ -181,5 +180,6 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, bat
   keys = jax.random.split(jax.random.fold_in(rest, 2**31 - 1), config.distill.critic_updates)
   (critic, critic_opt), losses = jax.lax.scan(learn, (state["critic"], state["critic_opt"]), keys)
   metrics |= {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads), "rollout": judged_chunks(config) + silent}
+  metrics["skipped"] = jnp.maximum(skipped(opt), skipped(critic_opt))
   new = {"step": state["step"] + 1, "params": params, "opt": opt, "critic": critic, "critic_opt": critic_opt}
   return new | {"ema": averaged(config.train.ema, state["step"], state["ema"], params)}, metrics

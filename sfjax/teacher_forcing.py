@@ -17,7 +17,7 @@ from sfjax.data.loader import DigitsSource, Source
 from sfjax.data.video_folder import VideoFolder
 from sfjax.errors import UserError
 from sfjax.objective import loss
-from sfjax.optimizer import averaged, optimizer
+from sfjax.optimizer import averaged, optimizer, skipped
 from sfjax.text import WordEncoder
 
 
@@ -105,5 +105,5 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed, batches: 
   updates, opt = optimizer(config.train).update(grads, state["opt"], state["params"])
   params = optax.apply_updates(state["params"], updates)
   ema = averaged(config.train.ema, state["step"], state["ema"], params)
-  metrics["grad_norm"] = optax.tree.norm(grads)
+  metrics |= {"grad_norm": optax.tree.norm(grads), "skipped": skipped(opt)}
   return {"step": state["step"] + 1, "params": params, "ema": ema, "opt": opt}, metrics

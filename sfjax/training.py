@@ -48,28 +48,36 @@ def data_mesh() -> Mesh:
 
 
 class StopSignal:
-  """While entered, the first Ctrl-C only sets `asked`, so that no step is cut in half; a second one interrupts at once."""
+  """While entered, the first Ctrl-C or SIGTERM only sets `asked`, so that no step is cut in half; a second one acts at once."""
+
+  _SIGNALS = signal.SIGINT, signal.SIGTERM
 
   def __init__(self):
-    self.asked = False
+    self.asked = None
 
-  def _ask(self, *_):
-    self.asked = True
-    signal.signal(signal.SIGINT, self._before)
+  def _ask(self, number, _):
+    self.asked = number
+    self.__exit__()
 
   def __enter__(self):
-    self._before = signal.signal(signal.SIGINT, self._ask)
+    self._before = [signal.signal(s, self._ask) for s in self._SIGNALS]
     return self
 
   def __exit__(self, *_):
-    signal.signal(signal.SIGINT, self._before)
+    for s, before in zip(self._SIGNALS, self._before, strict=True):
+      signal.signal(s, before)
+
+  def leave(self):
+    """Ends as was asked for: SIGTERM, a machine's notice that it will be taken away, with exit code 0."""
+    raise KeyboardInterrupt if self.asked == signal.SIGINT else SystemExit(0)
 
 
 def train(config: Config, workdir: str) -> pathlib.Path:
   """Trains to the end, or from the newest checkpoint of `workdir` on; returns the exported model's folder.
 
   Raises:
-    UserError: a folder that cannot be written, an unknown data source, a loss that is not finite.
+    UserError: a folder that cannot be written, an unknown data source, gradients that stay not finite.
+    KeyboardInterrupt, SystemExit: after Ctrl-C, and with code 0 after SIGTERM, with all that was done saved.
   """
   t, work = config.train, task(config)
   workdir = make_folder(workdir, "--workdir")
@@ -98,17 +106,19 @@ def train(config: Config, workdir: str) -> pathlib.Path:
     )
 
   def flush():
-    """Reads the metrics since the last log; stops the run, before anything is saved, if a loss is not finite."""
+    """Reads the metrics since the last log; stops the run where gradients stay not finite (such steps changed nothing)."""
     nonlocal pending, last_log
     values = jax.device_get(pending)
     for i, v in enumerate(values):
-      if not np.isfinite(v["loss"]):
+      if v["skipped"] >= t.patience:
         bad = step - len(values) + i + 1
         raise UserError(
-          f"the loss is not finite at step {bad}; the last good checkpoint is step {checkpoints.latest()}"
+          f"step {bad}: {t.patience} gradients in a row are not finite; the newest checkpoint is step {checkpoints.latest()}"
         )
     if values:
-      mean = {k: float(np.mean([v[k] for v in values])) for k in values[0]}
+      good = [v for v in values if not v["skipped"]] or values
+      mean = {k: float(np.mean([v[k] for v in good])) for k in values[0]}
+      mean["skipped"] = sum(v["skipped"] > 0 for v in values)
       now = time.time()
       writer.write(step, mean | {"steps_per_second": (step - last_log[1]) / max(now - last_log[0], 1e-9)})
       last_log = (now, step)
@@ -144,7 +154,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
         if checkpoints.latest() != step:
           save()
         print(f"interrupted: saved step {step} in {workdir / 'checkpoints'}; rerun the same command to go on")
-        raise KeyboardInterrupt
+        stop.leave()
     finally:
       checkpoints.close()
   card = run_record(

@@ -61,19 +61,34 @@ def test_ctrl_c_saves_and_the_resumed_run_equals_the_unbroken_one(config, unbrok
   assert meta["loader"] == unbroken[1]["loader"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
-  step = teacher_forcing.step
+def test_sigterm_ends_with_exit_code_0_and_a_second_one_at_once():
+  before = signal.getsignal(signal.SIGTERM)
+  with training.StopSignal() as stop:
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.asked == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(SystemExit) as done:
+      stop.leave()
+  assert done.value.code == 0 and signal.getsignal(signal.SIGTERM) is before
 
-  def spoiled(config, stage, mesh, state, *given):
-    new, metrics = step(config, stage, mesh, state, *given)
-    return new, metrics | {"loss": jnp.where(state["step"] == 2, jnp.nan, metrics["loss"])}
 
-  monkeypatch.setattr(teacher_forcing, "step", spoiled)
-  config = dataclasses.replace(config, train=dataclasses.replace(config.train, save_every=2))
-  with pytest.raises(UserError, match=r"not finite at step 3; the last good checkpoint is step 2"):
+def test_gradients_that_stay_not_finite_stop_the_run_with_its_weights_as_they_were(config, tmp_path, monkeypatch):
+  loss = teacher_forcing.loss
+
+  def spoiled(config, stage, params, latents, words, key):
+    value, metrics = loss(config, stage, params, latents, words, key)
+    moved = jnp.any(params["dit"]["head"]["bias"] != 0)  # from the third step on: the first one's rate is 0
+    return jnp.where(moved, jnp.nan, 1) * value, metrics
+
+  monkeypatch.setattr(teacher_forcing, "loss", spoiled)
+  stages = (dataclasses.replace(config.train.stages[0], until=1.0),)
+  train = dataclasses.replace(config.train, save_every=2, patience=2, warmup=1, stages=stages)
+  config = dataclasses.replace(config, train=train)
+  with pytest.raises(UserError, match=r"step 4: 2 gradients in a row are not finite; the newest checkpoint is step 2"):
     training.train(config, tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [line["skipped"] for line in lines] == [0, 0, 1]
   state, _ = final_state(config, tmp_path)
-  assert int(state["step"]) == 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
+  assert int(state["step"]) == 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 def test_only_matrices_decay_and_the_rate_warms_up_and_falls(config):
