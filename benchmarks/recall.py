@@ -91,7 +91,7 @@ def trained(config: Config, params: dict, seed: int) -> dict:
   def step(params, opt, key):
     x, _ = clips(jax.random.fold_in(key, 0), stage.batch, CHUNKS, HIDDEN)
     x = x.reshape(stage.batch, -1, *x.shape[3:])
-    f = lambda p: loss(config, stage, p, x, words, jax.random.fold_in(key, 1))
+    f = lambda p: loss(config, stage, p, x, words, jax.random.fold_in(key, 1), jnp.arange(stage.batch))
     (_, metrics), grads = jax.value_and_grad(f, has_aux=True)(params)
     updates, opt = tx.update(grads, opt, params)
     return optax.apply_updates(params, updates), opt, metrics

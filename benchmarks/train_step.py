@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from sfjax import training
+from sfjax import cluster, training
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass
 from sfjax.data.loader import make_loader
 
@@ -31,8 +31,11 @@ def main(argv: list[str]) -> None:
   for stage in config.train.stages:
     state, fixed = task.state(config), task.fixed(config)
     loaders = [make_loader(task.source(config, part), part.batch, 0) for part in stage.parts]
-    batches = [task.inputs(config, next(loader)) for loader in loaders]
-    step = jax.jit(functools.partial(task.step, config, stage, training.data_mesh()), donate_argnums=0)
+    batches = [
+      (task.inputs(config, next(loader)), cluster.places(part.batch))
+      for loader, part in zip(loaders, stage.parts, strict=True)
+    ]
+    step = jax.jit(functools.partial(task.step, config, stage, cluster.make_mesh(config.train.fsdp)), donate_argnums=0)
     began = time.perf_counter()
     state, m = step(state, fixed, batches)
     m["loss"].block_until_ready()

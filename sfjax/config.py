@@ -73,6 +73,7 @@ class TrainConfig:
     warmup: steps of linear warm-up. decay: last fraction of the steps, in which the rate falls linearly to a twentieth.
     betas: of Adam. patience: after so many steps in a row without a finite gradient, which change nothing, a run stops.
     threads: of the loader. workers: processes of the loader; 0 uses threads alone.
+    fsdp: devices over which the weights, their average and the optimiser's state are split.
   """
 
   steps: int
@@ -101,6 +102,7 @@ class TrainConfig:
   keep_every: int = 0
   threads: int = 4
   workers: int = 0
+  fsdp: int = 1
 
   def __post_init__(self):
     if self.steps < 1:
@@ -113,9 +115,14 @@ class TrainConfig:
     if not ends or ends != sorted(ends) or ends[-1] != 1.0:
       raise ValueError(f"stages: `until` is {ends}; want ascending fractions that end with 1.0")
 
-  def stage_at(self, step: int) -> int:
-    """Index of the stage that a step belongs to."""
-    return next(i for i, s in enumerate(self.stages) if step < round(s.until * self.steps) or s.until == 1.0)
+  def stage_at(self, step: int) -> tuple[int, int]:
+    """Index of the stage that a step belongs to, and how many steps of it came before."""
+    first = 0
+    for i, stage in enumerate(self.stages):
+      end = round(stage.until * self.steps)
+      if step < end or stage.until == 1.0:
+        return i, step - first
+      first = end
 
 
 @dataclasses.dataclass(frozen=True)

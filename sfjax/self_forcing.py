@@ -15,10 +15,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from sfjax import distill, rollout, teacher_forcing
 from sfjax.checkpoint import load_config, load_params
+from sfjax.cluster import AXES, BATCH
 from sfjax.config import Config, Stage, to_dataclass
 from sfjax.data.loader import Prompts, Source
 from sfjax.errors import UserError
 from sfjax.model import ModelConfig
+from sfjax.objective import clip_keys
 from sfjax.optimizer import averaged, only_finite, optimizer, skipped
 from sfjax.text import WordEncoder
 
@@ -115,26 +117,26 @@ def student_rollout(config: Config, params: dict, words, key, samples, silent, e
   return latents.reshape(latents.shape[0], -1, *latents.shape[3:]), looks
 
 
-def student_loss(config: Config, params: dict, critic: dict, teacher: dict, words, key, samples, silent, exit_step):
+def student_loss(config: Config, params: dict, critic: dict, teacher: dict, words, key, index, silent, exit_step):
   """The generator's loss and the importance head's: (loss, (metrics, latents))."""
   model, d = teacher_model(config), config.distill
-  x, looks = student_rollout(config, params, words, key, samples, silent, exit_step)
+  x, looks = student_rollout(config, params, words, key, index, silent, exit_step)
   kv = functools.partial(_text_kv, model)
   real = distill.denoiser(model, teacher["dit"], kv(teacher, words), kv(teacher, jnp.zeros_like(words)), d.guidance)
   fake = distill.denoiser(model, critic["dit"], kv(critic, words))
-  value, metrics = distill.generator_loss(jax.random.fold_in(key, 1), x, real, fake, d.shift)
+  value, metrics = distill.generator_loss(clip_keys(jax.random.fold_in(key, 1), index), x, real, fake, d.shift)
   aux = jnp.zeros(())
   if config.memory.importance == "learned":
     aux = rollout.head_loss(config.model, config.memory, params["dit"], looks)
   return value + config.train.importance_weight * aux, (metrics | {"importance": aux}, x)
 
 
-def critic_loss(config: Config, critic: dict, words, key, x):
+def critic_loss(config: Config, critic: dict, words, keys, x):
   """The critic's loss on a student's latents."""
   model = teacher_model(config)
   kv = _text_kv(model, critic, words)
   output = lambda y, sigma: distill.whole_clip(model, critic["dit"], kv, y, sigma)
-  return distill.critic_loss(key, x, model, output, config.distill.shift)
+  return distill.critic_loss(keys, x, model, output, config.distill.shift)
 
 
 def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, batches: list) -> tuple[dict, dict]:
@@ -142,38 +144,34 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, bat
 
   All devices' rollouts have one length, by half of the steps that of a teacher's clip, and leave at one step.
   """
-  (words,) = batches
+  ((words, index),) = batches
   key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
   coin, length, leave, rest = jax.random.split(key, 4)
   spare = stage.chunks - judged_chunks(config)
   silent = jax.random.randint(length, (), 1, spare + 1) * jax.random.bernoulli(coin) if spare else 0
   exit_step = jax.random.randint(leave, (), 0, config.sampler.steps)
 
-  def of_student(params, critic, teacher, words):
-    device = jax.lax.axis_index("data")
-    samples = device * words.shape[0] + jnp.arange(words.shape[0])
-    of = lambda p: student_loss(
-      config, p, critic, teacher, words, jax.random.fold_in(rest, device), samples, silent, exit_step
-    )
+  def of_student(params, critic, teacher, words, index):
+    of = lambda p: student_loss(config, p, critic, teacher, words, rest, index, silent, exit_step)
     (_, (metrics, x)), grads = jax.value_and_grad(of, has_aux=True)(params)
-    return jax.lax.pmean((metrics, grads), "data"), x
+    return jax.lax.pmean((metrics, grads), AXES), x
 
-  def of_critic(critic, words, key, x):
-    key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-    return jax.lax.pmean(jax.value_and_grad(lambda c: critic_loss(config, c, words, key, x))(critic), "data")
+  def of_critic(critic, words, index, key, x):
+    of = lambda c: critic_loss(config, c, words, clip_keys(key, index), x)
+    return jax.lax.pmean(jax.value_and_grad(of)(critic), AXES)
 
-  shared, split = PartitionSpec(), PartitionSpec("data")
+  shared, split = PartitionSpec(), BATCH
   own = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-  (metrics, grads), x = own(of_student, in_specs=(shared, shared, shared, split), out_specs=(shared, split))(
-    state["params"], state["critic"], fixed, words
+  (metrics, grads), x = own(of_student, in_specs=(shared, shared, shared, split, split), out_specs=(shared, split))(
+    state["params"], state["critic"], fixed, words, index
   )
-  of_critic = own(of_critic, in_specs=(shared, split, shared, split), out_specs=shared)
+  of_critic = own(of_critic, in_specs=(shared, split, split, shared, split), out_specs=shared)
   updates, opt = optimizer(config.train).update(grads, state["opt"], state["params"])
   params = optax.apply_updates(state["params"], updates)
 
   def learn(carry, key):
     critic, opt = carry
-    loss, grads = of_critic(critic, words, key, x)
+    loss, grads = of_critic(critic, words, index, key, x)
     updates, opt = critic_optimizer(config).update(grads, opt, critic)
     return (optax.apply_updates(critic, updates), opt), loss
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from sfjax import rollout
 from sfjax.checkpoint import load_params
+from sfjax.cluster import AXES, BATCH
 from sfjax.codec import DigitsCodec
 from sfjax.config import Config, Stage
 from sfjax.data.digits import SIZE, DigitsConfig, frames_of_chunks
@@ -79,27 +80,26 @@ def state(config: Config) -> dict:
 
 
 def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed, batches: list) -> tuple[dict, dict]:
-  """One step: the state after it, and metrics. Devices differ in their clips and noise alone.
+  """One step: the state after it, and metrics. Devices differ in their clips alone.
 
-  `batches` holds (frames, words) of each of the stage's parts.
+  `batches` holds (frames, words) of each of the stage's parts, and the clips' places in the whole batch.
   """
 
   def total(params, batches, key):
     losses = []
-    for i, (part, (frames, words)) in enumerate(zip(stage.parts, batches, strict=True)):
+    for i, (part, ((frames, words), index)) in enumerate(zip(stage.parts, batches, strict=True)):
       latents = DigitsCodec().encode(frames)
-      losses.append(loss(config, part, params, latents, words, jax.random.fold_in(key, i)))
+      losses.append(loss(config, part, params, latents, words, jax.random.fold_in(key, i), index))
     metrics = losses[0][1] | ({"flow_firsts": losses[1][1]["flow"]} if stage.firsts else {})
     value = sum(value for value, _ in losses)
     return value, metrics | {"loss": value}
 
   def gradient(params, step, batches):  # of a device's own clips: kernels see whole arrays, no partitioner
     key = jax.random.fold_in(jax.random.key(config.train.seed), step)
-    key = jax.random.fold_in(key, jax.lax.axis_index("data"))
     (_, metrics), grads = jax.value_and_grad(total, has_aux=True)(params, batches, key)
-    return jax.lax.pmean((metrics, grads), "data")
+    return jax.lax.pmean((metrics, grads), AXES)
 
-  shared, split = PartitionSpec(), PartitionSpec("data")
+  shared, split = PartitionSpec(), BATCH
   gradient = jax.shard_map(gradient, mesh=mesh, in_specs=(shared, shared, split), out_specs=shared, check_vma=False)
   metrics, grads = gradient(state["params"], state["step"], batches)
   updates, opt = optimizer(config.train).update(grads, state["opt"], state["params"])

@@ -1,8 +1,10 @@
 """The training loop, read top to bottom: stages, one jitted step, logs, checkpoints, resume by rerunning.
 
-What a step does is a task's matter: `teacher_forcing`, or `self_forcing` where the config names a teacher.
+What a step does is a task's matter: `teacher_forcing`, or `self_forcing` where the config names a teacher. Every host of a run
+goes through the same loop; the first one logs and exports.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -12,9 +14,9 @@ import time
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 
-from sfjax import self_forcing, teacher_forcing
+from sfjax import cluster, self_forcing, teacher_forcing
 from sfjax.checkpoint import Checkpoints, export
 from sfjax.config import Config, to_dict
 from sfjax.data.loader import make_loader
@@ -25,7 +27,8 @@ from sfjax.runlog import make_folder, peak_memory, run_record, write_json_atomic
 _DATA_SEED = 1000  # clips of stage i come from stream 1000 * seed + i
 # What a rerun may change: how long, how often, how many helpers; the rest would make it another experiment.
 _FREE = {
-  f"train.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "keep_every", "threads", "workers")
+  f"train.{key}"
+  for key in ("steps", "log_every", "save_every", "keep_last", "keep_every", "threads", "workers", "fsdp")
 }
 
 
@@ -40,11 +43,6 @@ def check_same_experiment(workdir, old: dict, new: dict) -> None:
 def task(config: Config):
   """The module that says what a step is: its `state`, `fixed`, `source`, `inputs` and `step`."""
   return self_forcing if config.distill.teacher else teacher_forcing
-
-
-def data_mesh() -> Mesh:
-  """All devices along the one axis "data": each takes its share of a batch."""
-  return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
 class StopSignal:
@@ -80,30 +78,28 @@ def train(config: Config, workdir: str) -> pathlib.Path:
     KeyboardInterrupt, SystemExit: after Ctrl-C, and with code 0 after SIGTERM, with all that was done saved.
   """
   t, work = config.train, task(config)
+  hosts, first_host = jax.process_count(), jax.process_index() == 0
   workdir = make_folder(workdir, "--workdir")
-  mesh = data_mesh()
-  sharding, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
+  mesh = cluster.make_mesh(t.fsdp)
   for stage in t.stages:
     for part in stage.parts:
       if part.batch % jax.device_count():
         raise UserError(f"config.train.stages: batch {part.batch} does not divide over {jax.device_count()} devices")
       work.source(config, part)
-  state, fixed = jax.device_put((work.state(config), work.fixed(config)), everywhere)
+  state, fixed = work.state(config), work.fixed(config)
+  where = cluster.shardings(mesh, state)
+  state, fixed = cluster.place(state, where), cluster.place(fixed, cluster.whole(mesh, fixed))
   checkpoints = Checkpoints(workdir / "checkpoints", t.keep_last, t.keep_every)
-  loader_state = None
   if checkpoints.latest() is not None:
     check_same_experiment(workdir, checkpoints.meta()["config"], json.loads(json.dumps(to_dict(config))))
-    state, meta = checkpoints.restore(state)
-    loader_state = meta["loader"]
+    state, _ = checkpoints.restore(state)
   step = int(state["step"])
-  writer = MetricWriter(workdir, t.steps, step)
+  writer = MetricWriter(workdir, t.steps, step) if first_host else None
   pending, began, last_log = [], time.time(), (time.time(), step)
-  loaders, running = [], None
+  running = None
 
   def save():
-    checkpoints.save(
-      step, state["ema"], state, {"loader": [running, *(x.get_state() for x in loaders)], "config": to_dict(config)}
-    )
+    checkpoints.save(step, state["ema"], state, {"config": to_dict(config)})
 
   def flush():
     """Reads the metrics since the last log; stops the run where gradients stay not finite (such steps changed nothing)."""
@@ -115,7 +111,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
         raise UserError(
           f"step {bad}: {t.patience} gradients in a row are not finite; the newest checkpoint is step {checkpoints.latest()}"
         )
-    if values:
+    if values and writer:
       good = [v for v in values if not v["skipped"]] or values
       mean = {k: float(np.mean([v[k] for v in good])) for k in values[0]}
       mean["skipped"] = sum(v["skipped"] > 0 for v in values)
@@ -124,32 +120,47 @@ def train(config: Config, workdir: str) -> pathlib.Path:
       last_log = (now, step)
     pending = []
 
+  def asked() -> bool:
+    """Whether some host was asked to stop; hosts tell each other when they log, so that all stop at one step."""
+    if hosts == 1:
+      return bool(stop.asked)
+    return step % t.log_every == 0 and bool(multihost_utils.process_allgather(np.int32(stop.asked or 0)).any())
+
   stop = StopSignal()
-  with writer, stop:
+  with writer or contextlib.nullcontext(), stop:
     try:
-      while step < t.steps and not stop.asked:
-        if running != t.stage_at(step):
-          running = t.stage_at(step)
-          stage = t.stages[running]
-          order = _DATA_SEED * t.seed + running
+      while step < t.steps and not asked():
+        index, done = t.stage_at(step)
+        if running != index:
+          running, stage = index, t.stages[index]
           loaders = [
-            make_loader(work.source(config, part), part.batch, order, threads=t.threads, workers=t.workers)
+            make_loader(
+              work.source(config, part),
+              part.batch // hosts,
+              _DATA_SEED * t.seed + index,
+              start=done,
+              threads=t.threads,
+              workers=t.workers,
+              process_index=jax.process_index(),
+              process_count=hosts,
+            )
             for part in stage.parts
           ]
-          if loader_state and loader_state[0] == running:
-            for loader, saved in zip(loaders, loader_state[1:], strict=True):
-              loader.set_state(saved)
-          advance = jax.jit(functools.partial(work.step, config, stage, mesh), donate_argnums=0)
-        batches = [work.inputs(config, batch) for batch in map(next, loaders)]
-        state, metrics = advance(state, fixed, jax.device_put(batches, sharding))
+          places = [cluster.places(part.batch // hosts) for part in stage.parts]
+          advance = jax.jit(
+            functools.partial(work.step, config, stage, mesh), donate_argnums=0, out_shardings=(where, None)
+          )
+        batches = [(work.inputs(config, next(loader)), at) for loader, at in zip(loaders, places, strict=True)]
+        state, metrics = advance(state, fixed, cluster.share(mesh, batches))
         pending.append(metrics)
         step += 1
-        writer.advance()
+        if writer:
+          writer.advance()
         if step % t.log_every == 0 or step % t.save_every == 0 or step == t.steps:
           flush()
         if step % t.save_every == 0 or step == t.steps:
           save()
-      if stop.asked:
+      if step < t.steps:
         flush()
         if checkpoints.latest() != step:
           save()
@@ -157,9 +168,11 @@ def train(config: Config, workdir: str) -> pathlib.Path:
         stop.leave()
     finally:
       checkpoints.close()
-  card = run_record(
-    to_dict(config), steps=step, seed=t.seed, seconds=round(time.time() - began, 1), peak_memory=peak_memory()
-  )
-  write_json_atomic(workdir / "run.json", card)
-  export(workdir / "model", jax.device_get(state["ema"]), to_dict(config), card)
+  ema = cluster.gathered(mesh, state["ema"])
+  if first_host:
+    card = run_record(
+      to_dict(config), steps=step, seed=t.seed, seconds=round(time.time() - began, 1), peak_memory=peak_memory()
+    )
+    write_json_atomic(workdir / "run.json", card)
+    export(workdir / "model", ema, to_dict(config), card)
   return workdir / "model"

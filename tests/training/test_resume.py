@@ -58,7 +58,6 @@ def test_ctrl_c_saves_and_the_resumed_run_equals_the_unbroken_one(config, unbrok
   state, meta = final_state(config, tmp_path)
   assert int(state["step"]) == STEPS
   jax.tree.map(np.testing.assert_array_equal, state, unbroken[0])
-  assert meta["loader"] == unbroken[1]["loader"]
 
 
 def test_sigterm_ends_with_exit_code_0_and_a_second_one_at_once():
@@ -74,8 +73,8 @@ def test_sigterm_ends_with_exit_code_0_and_a_second_one_at_once():
 def test_gradients_that_stay_not_finite_stop_the_run_with_its_weights_as_they_were(config, tmp_path, monkeypatch):
   loss = teacher_forcing.loss
 
-  def spoiled(config, stage, params, latents, words, key):
-    value, metrics = loss(config, stage, params, latents, words, key)
+  def spoiled(config, stage, params, *given):
+    value, metrics = loss(config, stage, params, *given)
     moved = jnp.any(params["dit"]["head"]["bias"] != 0)  # from the third step on: the first one's rate is 0
     return jnp.where(moved, jnp.nan, 1) * value, metrics
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from sfjax import checkpoint, rollout, self_forcing, teacher_forcing, training
+from sfjax import checkpoint, cluster, rollout, self_forcing, teacher_forcing
 from sfjax.config import Config, DataConfig, DistillConfig, Stage, TrainConfig, to_dict
 from sfjax.errors import UserError
 from sfjax.flow import SamplerConfig
@@ -50,7 +50,7 @@ def begin(config):
   return self_forcing.state(config) | {
     "params": params,
     "ema": params,
-    "opt": training.self_forcing.optimizer(config.train).init(params),
+    "opt": self_forcing.optimizer(config.train).init(params),
   }
 
 
@@ -63,9 +63,9 @@ def moved(old, new):
 def test_a_step_moves_the_student_and_then_the_critic(teacher, words):
   config = make(teacher)
   state, fixed = begin(config), self_forcing.fixed(config)
-  step = jax.jit(lambda s, f, b: self_forcing.step(config, STAGE, training.data_mesh(), s, f, b))
-  once, metrics = step(state, fixed, [words])
-  twice, more = step(once, fixed, [words])
+  step = jax.jit(lambda s, f, b: self_forcing.step(config, STAGE, cluster.make_mesh(), s, f, b))
+  once, metrics = step(state, fixed, [(words, jnp.arange(B))])
+  twice, more = step(once, fixed, [(words, jnp.arange(B))])
   assert int(twice["step"]) == 2 and all(np.isfinite(x) for x in (*metrics.values(), *more.values()))
   assert metrics["not_finite"] == 0 and metrics["importance"] > 0 and metrics["grad_norm"] > 0
   for part in ("params", "critic"):
@@ -74,7 +74,7 @@ def test_a_step_moves_the_student_and_then_the_critic(teacher, words):
     assert not {name for name in still if name.startswith("dit") and "importance" not in name}, part
   assert {n for n in moved(state["params"], twice["params"]) if "importance" in n}
   assert not moved(fixed, self_forcing.fixed(config))
-  again, _ = step(state, fixed, [words])
+  again, _ = step(state, fixed, [(words, jnp.arange(B))])
   assert not moved(once, again)
 
 
@@ -119,12 +119,12 @@ def test_the_critic_learns_what_the_student_makes(teacher, words):
   config = make(teacher)
   critic = self_forcing.fixed(config)
   x = jax.random.normal(jax.random.key(1), (B, JUDGED * 3, *MODEL.latent_size, MODEL.latent_channels)) * 0.2 + 1.0
-  value = jax.jit(lambda c, key: self_forcing.critic_loss(config, c, words, key, x))
-  gradient = jax.jit(jax.grad(lambda c, key: self_forcing.critic_loss(config, c, words, key, x)))
+  value = jax.jit(lambda c, key: self_forcing.critic_loss(config, c, words, jax.random.split(key, B), x))
+  gradient = jax.jit(jax.grad(lambda c, key: self_forcing.critic_loss(config, c, words, jax.random.split(key, B), x)))
   mean = lambda c: np.mean([value(c, jax.random.key(100 + i)) for i in range(8)])
   tx, before = optax.adam(1e-2), mean(critic)
   opt = tx.init(critic)
-  for i in range(20):
+  for i in range(60):
     updates, opt = tx.update(gradient(critic, jax.random.key(i)), opt)
     critic = optax.apply_updates(critic, updates)
   assert mean(critic) < 0.5 * before
