@@ -30,7 +30,7 @@ from sfjax.config import Config, apply_overrides, load_config, split_overrides, 
 from sfjax.data.digits import chunk_of_frame
 from sfjax.errors import Parser, UserError, command
 from sfjax.memory import held_bytes
-from sfjax.parts import Parts, in_compute_dtype, wan_parts
+from sfjax.parts import Around, Parts, in_compute_dtype, wan_parts
 from sfjax.routing import MemoryConfig
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
 from sfjax.sampling import ATTENTION, Sampler, attention_preset
@@ -65,7 +65,7 @@ def random_parts(config: Config, vae: WanVAEConfig, seed: int = 0) -> Parts:
   text = jax.random.normal(jax.random.key(seed + 2), (1, model.text_len, model.text_dim)) * row
   return wan_parts(
     config,
-    vae,
+    Around(vae=vae),
     dit=random_weights(rollout.abstract_params(model), seed),
     pixels=random_weights(jax.eval_shape(lambda: WanVAE(vae).init()), seed + 1),
     check=lambda captions, flag: None,

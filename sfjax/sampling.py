@@ -153,6 +153,24 @@ class Stream:
           work = begin_next()
         yield pixels
 
+  def workspace(self) -> dict[str, int]:
+    """Bytes that the last chunk's programs need beside what they are given and what they return, as XLA tells.
+
+    To be asked once all frames were taken; empty where no chunk was generated.
+    """
+    if not self.seconds:
+      return {}
+    sampler, model = self._sampler, self._sampler.config.model
+    x = jax.ShapeDtypeStruct(
+      (len(self._samples), model.chunk_frames, *model.latent_size, model.latent_channels), "float32"
+    )
+    is_known = jax.ShapeDtypeStruct(x.shape[1:2], bool)
+    programs = {
+      "chunk": sampler.programs.chunk.lower(sampler.parts.dit, self.memory, self._key, self._samples, x, is_known),
+      "decode": sampler.parts.decode.lower(self.decoded, x, int(self.memory.chunk[0]) == 1),
+    }  # both have run, so that nothing is compiled here
+    return {name: program.compile().memory_analysis().temp_size_in_bytes for name, program in programs.items()}
+
   def _begin(self, chunk: int, made: int):
     """Starts a chunk's work on the device: (time, latents, pixels, whether it is not a given chunk)."""
     began = time.perf_counter()
