@@ -7,6 +7,7 @@ what XLA's compiled programs need meanwhile (`Stream.workspace` says it after a 
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -74,6 +75,7 @@ def abstract_memory(config: Config, batch: int) -> KVMemory:
   return jax.eval_shape(lambda k, v: init_memory(model, config.memory, (k, v)), cross, cross)
 
 
+@functools.cache
 def abstract_weights(model: ModelConfig, sizes: Around) -> dict[str, Any]:
   """Shapes of the weights by part, all that there are."""
   found = {"dit": rollout.abstract_params(model)}
@@ -102,9 +104,8 @@ def predict(config: Config, sizes: Around, batch: int = 1) -> dict[str, int]:
   Args:
     config, sizes: as `around` or a loaded folder's `Parts` have them. batch: videos made together.
   """
-  weights = abstract_weights(config.model, sizes)
-  if not isinstance(sizes.text, WordEncoder):
-    weights.pop("text", None)  # gone before sampling begins
+  stays = lambda name: name != "text" or isinstance(sizes.text, WordEncoder)  # else it is gone before sampling begins
+  weights = {name: x for name, x in abstract_weights(config.model, sizes).items() if stays(name)}
   state = ()
   if sizes.vae:
     state = jax.eval_shape(lambda: sizes.codec.init_decoder_state(batch, *config.model.latent_size))
@@ -131,11 +132,14 @@ def measure(parts: Parts, cfg: MemoryConfig, memory: KVMemory, decoded) -> dict[
   return total(rows | {"codec_state": tree_bytes(decoded)})
 
 
-def memory_for(config: Config, attention: str, seconds: float) -> MemoryConfig:
-  """A preset of `attention_preset`, or "full": a dense memory of a whole video of so many seconds."""
-  if attention != "full":
-    return attention_preset(config, attention)
-  return config.memory.of_window(chunk_of_frame(max(1, round(seconds * config.data.fps)) - 1) + 1)
+def chunks_of(config: Config, seconds: float) -> int:
+  """Chunks of a video."""
+  return chunk_of_frame(max(1, round(seconds * config.data.fps)) - 1) + 1
+
+
+def memory_for(config: Config, attention: str, chunks: int) -> MemoryConfig:
+  """A preset of `attention_preset`, or "full": a dense memory of a whole video of so many chunks."""
+  return config.memory.of_window(chunks) if attention == "full" else attention_preset(config, attention)
 
 
 def table(rows: dict[str, int]) -> str:
@@ -177,7 +181,8 @@ def main(argv: list[str]) -> None:
   else:
     loaded = load_config(a.config)
   config, sizes = around(to_dataclass(Config, apply_overrides(loaded, overrides)), folder)
-  config = dataclasses.replace(config, memory=memory_for(config, a.attention, a.seconds))
+  chunks = chunks_of(config, a.seconds or 0)
+  config = dataclasses.replace(config, memory=memory_for(config, a.attention, chunks))
   memory = f"a window of {config.memory.window} chunks, {config.memory.persistent} persistent blocks"
   print(f"{a.checkpoint or a.config}: {memory}, {config.model.dtype}\n\nwhile {a.batch} video(s) are made:\n")
   print(table(predict(config, sizes, a.batch)))
