@@ -1,5 +1,6 @@
 """`python -m sfjax.ledger`: predicted bytes are those of the arrays, and what it prints and refuses."""
 
+import dataclasses
 import json
 import re
 
@@ -50,6 +51,23 @@ def test_chunks_in_flight_and_what_run_json_tells(run_sample, config, monkeypatc
   assert without_flight(told["predicted"]) == without_flight(told["measured"])
   assert told["measured"]["total"] == sum(without_flight(told["measured"]).values())
   assert told["workspace"].keys() == {"chunk", "decode"} and told["workspace"]["chunk"] > 0
+
+
+@pytest.mark.parametrize("frames", [9, 21])
+def test_the_workspace_is_told_without_compiling(model_folder, frames, caplog):
+  sampler = Sampler(model_folder, guidance=1)
+  dit = jax.device_put(sampler.parts.dit, jax.devices()[0])  # as Orbax restores it
+  sampler.parts = dataclasses.replace(sampler.parts, dit=dit)
+  stream = sampler.stream(sampler.start(["a red 3"]), frames, 0, [0])
+  jax.config.update("jax_log_compiles", True)  # of all threads, the stream's too
+  try:
+    list(stream)
+    assert "Compiling jit" in caplog.text
+    caplog.clear()
+    assert stream.workspace()["chunk"] > 0
+    assert "Compiling jit" not in caplog.text
+  finally:
+    jax.config.update("jax_log_compiles", False)
 
 
 def printed(capsys, *flags) -> list[dict[str, int]]:
