@@ -62,11 +62,12 @@ def plot(runs: list[dict], peers: list[dict], fps: float, path: pathlib.Path) ->
     for run in runs:
       times = [t[i] * 1e3 for t in run["chunk_times_s"]]
       ax.plot(ends(times)[1:], times[1:], label=run["attention"])
-    ax.set(title=title, xlabel="seconds of video", ylim=(0, None))
+    ax.set(title=title, xlabel="seconds of video")
   for row in peers:
     times = [t * 1e3 for t in row["chunk_times_s"]]
     panels[0].plot(ends(times)[1:], times[1:], "--", label=f"Self-Forcing, {row['cache']}")
   panels[0].set_ylabel("milliseconds a chunk")
+  panels[0].set_ylim(bottom=0)  # when all is drawn: it ends the search for limits
   if runs or peers:
     panels[0].legend(fontsize="small")
   with replacing(path) as part:

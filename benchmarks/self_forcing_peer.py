@@ -192,7 +192,7 @@ def main(argv: list[str]) -> None:
       modules = load(clone)
       with sdpa_kernel(order, set_priority=True):
         rows = [measure(modules, name, a.chunks, TINY if a.tiny else FULL, device) for name in a.caches]
-    git = subprocess.run(["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = subprocess.run(["git", "--git-dir", str(clone / ".git"), "rev-parse", "HEAD"], capture_output=True, text=True)
     found = {
       "rows": rows,
       "attention": "flash-attn" if fused(modules[-1]) else "scaled_dot_product_attention, cuDNN first",
