@@ -76,6 +76,24 @@ def gathered(mesh: Mesh, tree):
   return jax.device_get(jax.jit(lambda x: x, out_shardings=whole(mesh, tree))(tree))
 
 
+def step_bytes(program: jax.stages.Compiled) -> dict[str, int]:
+  """What a compiled training step takes on each device: its arguments and what it returns beside them, and its workspace.
+
+  Raises:
+    UserError: a device has less; names what helps.
+  """
+  m = program.memory_analysis()
+  held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+  found = {"held": held, "workspace": m.temp_size_in_bytes}
+  limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+  if limit is not None and sum(found.values()) > limit:
+    raise UserError(
+      f"config.train: a step takes {sum(found.values()) / 1e9:.1f} GB on each device, which has {limit / 1e9:.1f}; want a "
+      "smaller batch in its stages, config.model.remat=full, or a larger config.train.fsdp"
+    )
+  return found
+
+
 def share(mesh: Mesh, batch):
   """This host's rows of a batch as part of global arrays."""
   return jax.tree.map(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from sfjax.distill import STUDENT_LOSSES
 from sfjax.errors import UserError
 from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
@@ -134,7 +135,7 @@ class DistillConfig:
       the last ones of a rollout; a stage's `chunks` are the most that a rollout has.
     guidance: the teacher's classifier-free guidance weight. shift: of the noise levels that both scores judge at.
     critic_updates: of the fake score, for one of the student. critic_lr: constant.
-    cache_gradient: what a clean key or value passes on, see `rollout.self_forcing`.
+    loss: of the student, "dmd" or "sid". cache_gradient: what a clean key or value passes on, see `rollout.self_forcing`.
   """
 
   teacher: str = ""
@@ -142,6 +143,7 @@ class DistillConfig:
   shift: float = 5.0
   critic_updates: int = 5
   critic_lr: float = 1e-4
+  loss: str = "dmd"
   cache_gradient: str = "straight_through"
 
   def __post_init__(self):
@@ -149,6 +151,7 @@ class DistillConfig:
       ("guidance", self.guidance >= 0, "0 or more"),
       ("shift", self.shift > 0, "a positive number"),
       ("critic_updates", self.critic_updates >= 1, "at least 1"),
+      ("loss", self.loss in STUDENT_LOSSES, f"one of {', '.join(STUDENT_LOSSES)}"),
       ("cache_gradient", self.cache_gradient in CACHE_GRADIENTS, f"one of {', '.join(CACHE_GRADIENTS)}"),
     ):
       if not ok:

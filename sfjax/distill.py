@@ -77,6 +77,23 @@ def generator_loss(
   return loss, {"direction": jnp.abs(direction).mean(), "not_finite": (~finite).sum()}
 
 
+def sid_loss(keys: Key[Array, "B"], x: Float[Array, "B T h w C"], real: Denoiser, fake: Denoiser, shift: float = 5.0):
+  """Score identity distillation (self_forcing section 4.7, alpha = 1); its gradient passes through both denoisers.
+
+  Its value is the mean of (real - fake) (fake - x) / mean |x - real|. Returns the loss and metrics as `generator_loss` does,
+  but a clip that is not finite makes the whole gradient so.
+  """
+  noisy, sigma, _ = noised(keys, x, shift)
+  real_x0, fake_x0 = real(noisy, sigma), fake(noisy, sigma)
+  scale = jax.lax.stop_gradient(jnp.abs(x - real_x0).mean((1, 2, 3, 4), keepdims=True))
+  gap = (real_x0 - fake_x0) / scale
+  clips = (gap * (fake_x0 - x)).mean((1, 2, 3, 4))
+  return clips.mean(), {"direction": jnp.abs(gap).mean(), "not_finite": (~jnp.isfinite(clips)).sum()}
+
+
+STUDENT_LOSSES = {"dmd": generator_loss, "sid": sid_loss}
+
+
 def critic_loss(
   keys: Key[Array, "B"], x: Float[Array, "B T h w C"], model: ModelConfig, output, shift: float = 5.0
 ) -> Float[Array, ""]:

@@ -124,7 +124,7 @@ def student_loss(config: Config, params: dict, critic: dict, teacher: dict, word
   kv = functools.partial(_text_kv, model)
   real = distill.denoiser(model, teacher["dit"], kv(teacher, words), kv(teacher, jnp.zeros_like(words)), d.guidance)
   fake = distill.denoiser(model, critic["dit"], kv(critic, words))
-  value, metrics = distill.generator_loss(clip_keys(jax.random.fold_in(key, 1), index), x, real, fake, d.shift)
+  value, metrics = distill.STUDENT_LOSSES[d.loss](clip_keys(jax.random.fold_in(key, 1), index), x, real, fake, d.shift)
   aux = jnp.zeros(())
   if config.memory.importance == "learned":
     aux = rollout.head_loss(config.model, config.memory, params["dit"], looks)

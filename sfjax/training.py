@@ -74,7 +74,8 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   """Trains to the end, or from the newest checkpoint of `workdir` on; returns the exported model's folder.
 
   Raises:
-    UserError: a folder that cannot be written, an unknown data source, gradients that stay not finite.
+    UserError: a folder that cannot be written, an unknown data source, a step too large for a device, gradients that stay not
+      finite.
     KeyboardInterrupt, SystemExit: after Ctrl-C, and with code 0 after SIGTERM, with all that was done saved.
   """
   t, work = config.train, task(config)
@@ -96,7 +97,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   step = int(state["step"])
   writer = MetricWriter(workdir, t.steps, step) if first_host else None
   pending, began, last_log = [], time.time(), (time.time(), step)
-  running = None
+  running, needs = None, None
 
   def save():
     checkpoints.save(step, state["ema"], state, {"config": to_dict(config)})
@@ -147,11 +148,17 @@ def train(config: Config, workdir: str) -> pathlib.Path:
             for part in stage.parts
           ]
           places = [cluster.places(part.batch // hosts) for part in stage.parts]
-          advance = jax.jit(
-            functools.partial(work.step, config, stage, mesh), donate_argnums=0, out_shardings=(where, None)
-          )
+          advance = None
         batches = [(work.inputs(config, next(loader)), at) for loader, at in zip(loaders, places, strict=True)]
-        state, metrics = advance(state, fixed, cluster.share(mesh, batches))
+        batches = cluster.share(mesh, batches)
+        if advance is None:
+          program = functools.partial(work.step, config, stage, mesh)
+          program = jax.jit(program, donate_argnums=0, out_shardings=(where, None))
+          advance = program.lower(state, fixed, batches).compile()
+          needs = cluster.step_bytes(advance)
+          if first_host:
+            print("a step takes on each device: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in needs.items()))
+        state, metrics = advance(state, fixed, batches)
         pending.append(metrics)
         step += 1
         if writer:
@@ -171,7 +178,12 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   ema = cluster.gathered(mesh, state["ema"])
   if first_host:
     card = run_record(
-      to_dict(config), steps=step, seed=t.seed, seconds=round(time.time() - began, 1), peak_memory=peak_memory()
+      to_dict(config),
+      steps=step,
+      seed=t.seed,
+      seconds=round(time.time() - began, 1),
+      step_bytes=needs,
+      peak_memory=peak_memory(),
     )
     write_json_atomic(workdir / "run.json", card)
     export(workdir / "model", ema, to_dict(config), card)

@@ -68,15 +68,16 @@ def test_the_direction_is_that_between_the_two_distributions():
   assert (np.sign(got[:2]) == [-1, 1]).all() and abs(got[2]) < 1e-6  # where it is right already, nothing moves it
 
 
-def test_descent_ends_at_the_real_distribution():
-  """Mean and spread of a linear student, the fake denoiser always that of its clips."""
+@pytest.mark.parametrize("name", ["dmd", "sid"])
+def test_descent_ends_at_the_real_distribution(name):
+  """The mean of a student of fixed spread, the fake denoiser always that of its clips."""
   mean = jnp.asarray([1.0, -0.5, 0.2])
 
   @jax.jit
   def step(theta, key):
     noise, draw = jax.random.split(key)
     z = jax.random.normal(draw, (64, *SHAPE[1:]))
-    loss = lambda theta: distill.generator_loss(
+    loss = lambda theta: distill.STUDENT_LOSSES[name](
       jax.random.split(noise, 64), theta + SPREAD * z, gaussian(mean), gaussian(jax.lax.stop_gradient(theta))
     )[0]
     return theta - 3.0 * jax.grad(loss)(theta)

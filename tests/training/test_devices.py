@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,6 +87,18 @@ def test_what_is_split_and_what_is_whole():
   tree = {"matrix": np.zeros((3, 8, 4)), "odd": np.zeros((3, 5)), "vector": np.zeros(8)}
   found = {name: tuple(s.spec) for name, s in cluster.shardings(mesh, tree).items()}
   assert found == {"matrix": (None, "fsdp", None), "odd": (None, None), "vector": (None,)}
+
+
+def test_a_step_that_does_not_fit_is_refused(monkeypatch):
+  program = jax.jit(lambda x: jnp.sort(x @ x.T, 0)[::2].sum()).lower(jnp.zeros((1000, 10))).compile()
+  needs = cluster.step_bytes(program)  # a CPU tells no limit
+  assert needs["held"] >= 40_000 and needs["workspace"] >= 4_000_000
+  device = type("Device", (), {"memory_stats": lambda self: {"bytes_limit": 1_000_000}})
+  monkeypatch.setattr(jax, "local_devices", lambda: [device()])
+  with pytest.raises(
+    UserError, match="config.train: a step takes 0.0 GB on each device, which has 0.0; want a smaller"
+  ):
+    cluster.step_bytes(program)
 
 
 def test_what_does_not_divide_or_is_half_told():
