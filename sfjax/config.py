@@ -25,7 +25,7 @@ class DataConfig:
   """Where clips come from.
 
   Attributes:
-    source: "digits", or "folder" (a folder of video files with captions).
+    source: "digits", "folder" (a folder of video files with captions), or "ode" (trajectories that `sfjax.ode` wrote).
     path: the folder. fps: frames per second of the clips (digits: 16).
     colour_only, none: shares of captions without the class, and of empty ones; the rest names everything.
   """

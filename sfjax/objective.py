@@ -44,6 +44,33 @@ def cut(model: ModelConfig, keys: Array, latents: Float[Array, "B T h w C"]) -> 
   return latents.reshape(latents.shape[0], n, model.chunk_frames, *latents.shape[2:])
 
 
+def teacher_forced(
+  config: Config,
+  stage: Stage,
+  params: dict,
+  context: Float[Array, "B n-1 F h w C"],
+  level: Float[Array, "B n-1 F"],
+  noisy: Float[Array, "B n F h w C"],
+  sigma: Float[Array, "B n F"],
+  words: Int32[Array, "B M"],
+  key: Array,
+) -> tuple[Float[Array, "B n F h w C"], Float[Array, ""]]:
+  """The network's output for noisy chunks that read a clean context of that noise level, and the importance head's loss."""
+  model, n = config.model, noisy.shape[1]
+  text = WordEncoder(model.text_len, model.text_dim).encode(params["text"], words)
+  out, _, plan = rollout.apply(
+    model,
+    params["dit"],
+    jnp.concatenate([context, noisy], 1),
+    jnp.concatenate([level, sigma], 1) * TIMESTEPS,
+    jnp.concatenate([jnp.arange(n - 1), jnp.arange(n)]),
+    rollout.text_kv(model, params["dit"], text),
+    parallel_attention(model, stage_memory(config.memory, stage), n, later=min(config.memory.window, n)),
+    jax.vmap(jax.random.key_data)(jax.random.split(key, model.layers)),
+  )
+  return out[:, n - 1 :], plan.importance_loss.mean()
+
+
 def loss(
   config: Config,
   stage: Stage,
@@ -69,7 +96,6 @@ def loss(
 
   x0 = cut(model, next(draws), latents)
   n = x0.shape[1]
-  memory = stage_memory(config.memory, stage)
   sigma = jnp.broadcast_to(shift_sigma(uniform(n), train.shift)[..., None], x0.shape[:3])
   first_known = draw(lambda k, shape: jax.random.randint(k, shape, 1, model.chunk_frames), n, 1)
   known = (uniform(n, 1) < train.p_known) & (jnp.arange(model.chunk_frames) < first_known)
@@ -83,23 +109,10 @@ def loss(
   context = add_noise(x0[:, :-1], draw(jax.random.normal, n - 1, *x0.shape[2:]), level)
 
   words = jnp.where(uniform(1) < train.p_drop_prompt, 0, words)
-  text = WordEncoder(model.text_len, model.text_dim).encode(params["text"], words)
-  kv = rollout.text_kv(model, params["dit"], text)
-  rng = jax.vmap(jax.random.key_data)(jax.random.split(key, model.layers))
-  out, _, plan = rollout.apply(
-    model,
-    params["dit"],
-    jnp.concatenate([context, noisy], 1),
-    jnp.concatenate([level, sigma], 1) * TIMESTEPS,
-    jnp.concatenate([jnp.arange(n - 1), jnp.arange(n)]),
-    kv,
-    parallel_attention(model, memory, n, later=min(config.memory.window, n)),
-    rng,
-  )
-  frames = flow_loss(model, out[:, n - 1 :], noisy, x0, noise, sigma)
+  out, aux = teacher_forced(config, stage, params, context, level, noisy, sigma, words, key)
+  frames = flow_loss(model, out, noisy, x0, noise, sigma)
   flow = (
     jnp.where(known, 0.0, frames).sum((1, 2)) / (~known).sum((1, 2))
   ).mean()  # a chunk's last frame is never known
-  aux = plan.importance_loss.mean()
   total = flow + train.importance_weight * aux
   return total, {"loss": total, "flow": flow, "importance": aux}

@@ -46,7 +46,7 @@ def source(config: Config, stage: Stage) -> Source:
       raise UserError("config.data.path: ''; want the folder of the videos")
     return VideoFolder(data.path, size, data.fps, frames)
   if data.source != "digits":
-    raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder")
+    raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder, ode")
   if size != (SIZE, SIZE):
     want = SIZE // DigitsCodec().space
     raise UserError(f"config.model.latent_size: {config.model.latent_size}; digits want ({want}, {want})")
@@ -79,17 +79,24 @@ def state(config: Config) -> dict:
   }
 
 
-def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed, batches: list) -> tuple[dict, dict]:
+def clip_loss(config: Config, stage: Stage, params: dict, inputs, key, index):
+  """`objective.loss` of a batch: (loss, metrics)."""
+  frames, words = inputs
+  return loss(config, stage, params, DigitsCodec().encode(frames), words, key, index)
+
+
+def step(
+  config: Config, stage: Stage, mesh: Mesh, state: dict, fixed, batches: list, of=clip_loss
+) -> tuple[dict, dict]:
   """One step: the state after it, and metrics. Devices differ in their clips alone.
 
-  `batches` holds (frames, words) of each of the stage's parts, and the clips' places in the whole batch.
+  `batches` holds the `inputs` of each of the stage's parts, and the clips' places in the whole batch; `of`: their loss.
   """
 
   def total(params, batches, key):
     losses = []
-    for i, (part, ((frames, words), index)) in enumerate(zip(stage.parts, batches, strict=True)):
-      latents = DigitsCodec().encode(frames)
-      losses.append(loss(config, part, params, latents, words, jax.random.fold_in(key, i), index))
+    for i, (part, (inputs, index)) in enumerate(zip(stage.parts, batches, strict=True)):
+      losses.append(of(config, part, params, inputs, jax.random.fold_in(key, i), index))
     metrics = losses[0][1] | ({"flow_firsts": losses[1][1]["flow"]} if stage.firsts else {})
     value = sum(value for value, _ in losses)
     return value, metrics | {"loss": value}

@@ -1,7 +1,7 @@
 """The training loop, read top to bottom: stages, one jitted step, logs, checkpoints, resume by rerunning.
 
-What a step does is a task's matter: `teacher_forcing`, or `self_forcing` where the config names a teacher. Every host of a run
-goes through the same loop; the first one logs and exports.
+What a step does is a task's matter: `teacher_forcing` on clips, `ode` on a teacher's trajectories, `self_forcing` against a
+teacher. Every host of a run goes through the same loop; the first one logs and exports.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from sfjax import cluster, self_forcing, teacher_forcing
+from sfjax import cluster, ode, self_forcing, teacher_forcing
 from sfjax.checkpoint import Checkpoints, export
 from sfjax.config import Config, to_dict
 from sfjax.data.loader import make_loader
@@ -42,7 +42,9 @@ def check_same_experiment(workdir, old: dict, new: dict) -> None:
 
 def task(config: Config):
   """The module that says what a step is: its `state`, `fixed`, `source`, `inputs` and `step`."""
-  return self_forcing if config.distill.teacher else teacher_forcing
+  if config.distill.teacher:
+    return self_forcing
+  return ode if config.data.source == "ode" else teacher_forcing
 
 
 class StopSignal:

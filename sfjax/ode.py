@@ -1,0 +1,191 @@
+"""A teacher's trajectories: python -m sfjax.ode --checkpoint TEACHER --out DIR --pairs N; and training a student on them.
+
+The teacher solves its flow from noise to a clip, with guidance, in many steps; kept are the clip and the states at the few
+noise levels that a student will visit. The student, its real memory switched on, learns to name the clip from each of these:
+it can then take few steps, and needs no guidance. (self_forcing section 4.1)
+
+Letters: B clips, K levels, T latent frames, n chunks, F latent frames of a chunk, h, w, C a latent frame.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Array, Float
+from safetensors.numpy import load, save
+
+from sfjax import distill, rollout, teacher_forcing
+from sfjax.checkpoint import load_config, load_params
+from sfjax.config import Config, Stage, to_dataclass
+from sfjax.data.loader import Prompts, Source
+from sfjax.errors import Parser, UserError, command
+from sfjax.flow import SamplerConfig, to_x0
+from sfjax.objective import clip_keys, teacher_forced
+from sfjax.runlog import make_folder, replacing, write_json_atomic
+from sfjax.text import WordEncoder
+
+_CARD = "pairs.json"
+abstract_model, fixed, state = teacher_forcing.abstract_model, teacher_forcing.fixed, teacher_forcing.state
+
+
+def trajectory(
+  denoise: distill.Denoiser, sampler: SamplerConfig, noise: Float[Array, "B T h w C"], keep: int
+) -> Float[Array, "B K+1 T h w C"]:
+  """States of Euler's method at `keep` of its steps' beginnings, evenly spread, and at its end."""
+  sigmas = jnp.asarray(sampler.sigmas)
+
+  def step(x, i):
+    level = jnp.full(x.shape[:2], sigmas[i])
+    return x + (sigmas[i + 1] - sigmas[i]) * (x - denoise(x, level)) / sigmas[i], None
+
+  def stretch(x, steps):
+    return jax.lax.scan(step, x, steps)[0], x
+
+  end, starts = jax.lax.scan(stretch, noise, jnp.arange(sampler.steps).reshape(keep, -1))
+  return jnp.moveaxis(jnp.concatenate([starts, end[None]]), 0, 1)
+
+
+def _shard(index: int) -> str:
+  return f"pairs-{index:05d}.array_record"
+
+
+class Pairs:
+  """The trajectories in a folder: {"states": float16 [K+1,T,h,w,C], "caption": str}.
+
+  Raises:
+    UserError: no such folder, shards that are missing, or levels that are not those of the sampler.
+  """
+
+  def __init__(self, path: str, sampler: SamplerConfig):
+    folder = pathlib.Path(path)
+    try:
+      card = json.loads((folder / _CARD).read_text())
+    except (OSError, ValueError) as e:
+      raise UserError(f"config.data.path: {path!r} is no folder that sfjax.ode wrote: {_CARD} cannot be read") from e
+    files = [folder / _shard(i) for i in range(card["shards"])]
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+      raise UserError(
+        f"config.data.path: {path} lacks {len(missing)} of {len(files)} shards, first {missing[0]}; the same sfjax.ode "
+        "command makes them"
+      )
+    if not np.allclose(card["sigmas"], sampler.sigmas, atol=1e-6):
+      raise UserError(f"config.sampler: its levels are {sampler.sigmas.tolist()}; {path} holds {card['sigmas']}")
+    self._records = grain.sources.ArrayRecordDataSource([str(f) for f in files])
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict:
+    found = load(self._records[index])
+    return {"states": found["states"], "caption": found["caption"].tobytes().decode()}
+
+
+def source(config: Config, stage: Stage) -> Source:
+  """The trajectories at config.data.path."""
+  pairs = Pairs(config.data.path, config.sampler)
+  latents = pairs[0]["states"].shape[1]
+  if latents != stage.chunks * config.model.chunk_frames or stage.firsts:
+    raise UserError(
+      f"config.train.stages: chunks {stage.chunks}, firsts {stage.firsts}; these clips have {latents} latents"
+    )
+  return pairs
+
+
+def inputs(config: Config, batch: dict):
+  """A batch of the loader as arrays."""
+  words = WordEncoder(config.model.text_len, config.model.text_dim).tokens(batch["caption"], "caption")
+  return batch["states"], words
+
+
+def loss(config: Config, stage: Stage, params: dict, inputs, key: Array, index):
+  """Mean squared error of the clip that is named from a state, each chunk at a level of its own: (loss, metrics)."""
+  model = config.model
+  states, words = inputs
+  states = states.astype(jnp.float32).reshape(*states.shape[:2], stage.chunks, model.chunk_frames, *states.shape[3:])
+  clean, levels = states[:, -1], jnp.asarray(config.sampler.sigmas[:-1])
+  level = jax.vmap(lambda k: jax.random.randint(k, (stage.chunks,), 0, len(levels)))(clip_keys(key, index))
+  noisy = jnp.take_along_axis(states, level[:, None, :, None, None, None, None], 1)[:, 0]
+  sigma = jnp.broadcast_to(levels[level][..., None], noisy.shape[:3])
+  quiet = jnp.zeros_like(sigma[:, :-1])
+  out, aux = teacher_forced(config, stage, params, clean[:, :-1], quiet, noisy, sigma, words, key)
+  error = ((to_x0(model, out, noisy, sigma) - clean) ** 2).mean()
+  total = error + config.train.importance_weight * aux
+  return total, {"loss": total, "flow": error, "importance": aux}
+
+
+step = functools.partial(teacher_forcing.step, of=loss)
+
+
+@command
+def main(argv: list[str]) -> None:
+  """Writes the trajectories shard by shard; shards that are there already are left as they are."""
+  p = Parser(prog="python -m sfjax.ode", description=__doc__.splitlines()[0])
+  p.add_argument("--checkpoint", required=True, help="folder of a bidirectional model")
+  p.add_argument("--out", required=True, help="folder of the shards; rerun to go on")
+  p.add_argument("--pairs", type=int, default=1024)
+  p.add_argument("--batch", type=int, default=32, help="clips side by side; a shard's clips")
+  p.add_argument("--steps", type=int, default=48, help="of the teacher")
+  p.add_argument("--levels", type=int, default=4, help="steps of the student: a divisor of --steps")
+  p.add_argument("--shift", type=float, help="of both schedules; default: the teacher's")
+  p.add_argument("--guidance", type=float, help="of the teacher; default: its own")
+  p.add_argument("--seed", type=int, default=0, help="of prompts and noise")
+  a = p.parse_args(argv)
+  for flag in ("pairs", "batch", "levels"):
+    if getattr(a, flag) < 1:
+      raise UserError(f"--{flag}: {getattr(a, flag)}; want at least 1")
+  if a.steps < 1 or a.steps % a.levels:
+    raise UserError(f"--levels: {a.levels} does not divide --steps {a.steps}")
+  if a.pairs % a.batch:
+    raise UserError(f"--pairs: {a.pairs} is not a multiple of --batch {a.batch}")
+  config = to_dataclass(Config, load_config(a.checkpoint), "--checkpoint: config")
+  params, model = load_params(a.checkpoint, abstract_model(config)), config.model
+  sampler = SamplerConfig("euler", a.steps, a.shift or config.sampler.shift, a.guidance or config.sampler.guidance)
+  prompts = Prompts(teacher_forcing.source(config, config.train.stages[0]))
+  encoder = WordEncoder(model.text_len, model.text_dim)
+
+  @jax.jit
+  def make(params, words, index):
+    kv = lambda w: rollout.text_kv(model, params["dit"], encoder.encode(params["text"], w))
+    shape = (model.chunk_frames, *model.latent_size, model.latent_channels)
+    noise = jax.vmap(lambda k: jax.random.normal(k, shape))(clip_keys(jax.random.key(a.seed), index))
+    denoise = distill.denoiser(model, params["dit"], kv(words), kv(jnp.zeros_like(words)), sampler.guidance)
+    return trajectory(denoise, sampler, noise, a.levels).astype(jnp.float16)
+
+  out, shards = make_folder(a.out, "--out"), a.pairs // a.batch
+  few = dataclasses.replace(sampler, kind="few_step", steps=a.levels, guidance=1.0)
+  card = vars(a) | {
+    "shards": shards,
+    "sigmas": few.sigmas.tolist(),
+    "guidance": sampler.guidance,
+    "shift": sampler.shift,
+  }
+  card.pop("out")
+  if (out / _CARD).is_file() and json.loads((out / _CARD).read_text()) != card:
+    raise UserError(f"--out: {out} holds trajectories of other flags, see {_CARD}")
+  write_json_atomic(out / _CARD, card)
+  from tqdm import tqdm
+
+  for shard in tqdm(range(shards), unit="shard", disable=None):
+    if (out / _shard(shard)).is_file():
+      continue
+    index = np.arange(shard * a.batch, (shard + 1) * a.batch)
+    captions = [prompts[a.seed * 2**24 + int(i)]["caption"] for i in index]
+    states = np.asarray(make(params, encoder.tokens(captions, "caption"), index))
+    with replacing(out / _shard(shard)) as part:
+      writer = ArrayRecordWriter(str(part), "group_size:1")
+      for caption, row in zip(captions, states, strict=True):
+        writer.write(save({"states": row, "caption": np.frombuffer(caption.encode(), np.uint8)}))
+      writer.close()
+  print(f"{out}: {a.pairs} trajectories in {shards} shards")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
