@@ -130,6 +130,11 @@ def join(call: Call, cut: Cut, outputs, sums, total):
           ref[batch, head, pl.ds(tile * TILE + wg * ROWS, ROWS)] = x
 
   grid = dict(tile=cut.split, part=sums[0].shape[-1] // _COLUMNS)
-  write = parts.launch(pbsa_join, call, (), grid, warpgroups=WARPGROUPS)
-  # As one function of arrays: jax.checkpoint drops a kernel of which it sees nothing but that it writes into references.
-  return pl.run_state(lambda refs: write(*sums, *refs))(list(outputs))
+  launch = parts.launch(pbsa_join, call, (), grid, warpgroups=WARPGROUPS)
+
+  @jax.custom_batching.sequential_vmap
+  def write(outputs, sums):
+    # As one function of arrays: jax.checkpoint drops a kernel of which it sees nothing but that it writes to references.
+    return pl.run_state(lambda refs: launch(*sums, *refs))(outputs)
+
+  return write(list(outputs), list(sums))

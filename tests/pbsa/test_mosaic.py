@@ -202,6 +202,17 @@ def test_pieces_of_a_stacked_layer(interpret, force):
   assert no_races()
 
 
+def test_pieces_under_vmap(interpret, force):
+  force(0, (0, 1, 2))
+  q, k, v = draw(17, (2, 1, 128, 1, 64), *[(2, 1, 256, 1, 64)] * 2)
+  ids, counts = (x[:, None] for x in lists(18, [[[3]], [[4]]], 0, 4))
+  out, _ = jax.vmap(lambda *x: pbsa_mosaic(Call(0.1, 64, interpret=interpret), *x[:3], None, *x[3:], 0))(
+    q, k, v, ids, counts
+  )
+  for i in range(2):
+    close(out[i], oracle(q[i], k[i], v[i], ids[i], counts[i], scale=0.1)[0], 3e-3)
+
+
 def test_the_rest_of_a_joined_tile(interpret, force):
   """out + rest is right to 16 bits, a hundred times what bf16 alone is."""
   force(0, (0, 1, 2))
@@ -230,20 +241,19 @@ def test_programs_share_out_all_work(shape, whole, bounds):
     assert shares[where] == want
 
 
-def test_lists_are_cut_where_it_pays():
-  assert whole_and_pieces(432, 124, 132) == (
-    396,
-    (0, 1, 2, 3),
-  )  # 36 tiles are left over: 108 thirds fill one short round
-  assert whole_and_pieces(40, 124, 132)[0] == 0
-  for tiles, blocks, multiprocessors in (
-    (264, 124, 132),
-    (432, 8, 132),
-    (432, 0, 132),
-    (528 - 4, 124, 132),
-    (9, 124, 1),
-  ):
-    assert whole_and_pieces(tiles, blocks, multiprocessors) == (tiles, (0, 1))
+@pytest.mark.parametrize(
+  "tiles, blocks, multiprocessors, want",
+  [
+    (432, 124, 132, (396, (0, 1, 2, 3))),  # 36 are left over: 108 thirds in one short round
+    (40, 124, 132, (0, (0, 1, 2, 3))),
+    (432, 8, 132, (432, (0, 1))),
+    (432, 0, 132, (432, (0, 1))),
+    (264, 124, 132, (264, (0, 1))),
+    (524, 124, 132, (524, (0, 1))),
+  ],
+)
+def test_lists_are_cut_where_it_pays(tiles, blocks, multiprocessors, want):
+  assert whole_and_pieces(tiles, blocks, multiprocessors) == want
 
 
 @pytest.mark.parametrize("prefix, own, most", [(3, None, 5), (None, None, 8), (None, 4, 6), (7, None, 8)])
