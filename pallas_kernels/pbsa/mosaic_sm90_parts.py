@@ -37,9 +37,9 @@ class Call:
   kv_valid: int
   kv_grad_range: tuple[int, int] | None = None
   config: Config = Config()
+  interpret: plgpu.InterpretGPUParams | None = None
   most_blocks: int = 0
   multiprocessors: int = 132  # an H100's or H200's
-  interpret: plgpu.InterpretGPUParams | None = None
 
   def loaded(self, width: int) -> int:
     """J: slots of a block that are loaded."""
