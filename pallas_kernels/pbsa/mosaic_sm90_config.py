@@ -46,7 +46,7 @@ KERNELS = {  # what is tried for each
 }
 
 
-def whole_and_pieces(tiles: int, blocks: int, multiprocessors: int) -> tuple[int, tuple[int, ...]]:
+def whole_and_pieces(tiles: int, blocks: int, multiprocessors: int) -> tuple[int, int]:
   """How many tiles are worked on whole, and into how many pieces the lists of all others are cut.
 
   A multiprocessor runs one program at a time, so tiles come in rounds, and the last round may be a nearly empty one. Its
@@ -61,7 +61,7 @@ def whole_and_pieces(tiles: int, blocks: int, multiprocessors: int) -> tuple[int
     return -(-last * pieces // multiprocessors) * (START + blocks / pieces) + JOIN * (pieces > 1)
 
   best = min(range(1, MOST_PIECES + 1), key=time)  # of equals the fewest
-  return (tiles, (0, 1)) if best == 1 else (tiles - last, tuple(range(best + 1)))
+  return (tiles, 1) if best == 1 else (tiles - last, best)
 
 
 def loaded(kv_valid: int, width: int) -> int:

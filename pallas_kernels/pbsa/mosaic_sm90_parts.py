@@ -184,7 +184,7 @@ def walk(call: Call, width: int, where, share, slots: tuple[int, int], refs, k_s
 
   Args:
     where: (batch row, head, tile).
-    share: (first, last, of): the steps from first / of of them to last / of of them.
+    share: (i, p): the i-th of p pieces, as equal as whole steps allow; (0, 1) is all.
     slots: see `memory`. refs: its rows in global memory, then the lists int32 [B,N,Q,Kmax], their counts [B,N,Q], and
       the number of prefix blocks and the layer, int32 [1].
     k_s, v_s: slots of the ring. k_full, v_full: their barriers.
@@ -193,11 +193,11 @@ def walk(call: Call, width: int, where, share, slots: tuple[int, int], refs, k_s
     how many blocks, how many steps, and the `load` that `produce` wants; steps count from the share's first.
   """
   k, v, prefix_k, ids, counts, prefix_blocks, layer = refs
-  (b, n, tile), (*share, of) = where, share
+  (b, n, tile), (piece, pieces) = where, share
   prefix, loaded = prefix_blocks[0], call.loaded(width)
   total = prefix + counts[b, n, tile]
   steps_of = lambda blocks: lax.div(blocks + (width - 1), jnp.int32(width))
-  begin, end = (width * lax.div(steps_of(total) * i, jnp.int32(of)) for i in share)
+  begin, end = (width * lax.div(steps_of(total) * i, jnp.int32(pieces)) for i in (piece, piece + 1))
   blocks = jnp.minimum(end, total) - begin
   row_of_batch = layer[0] * counts.shape[0] + b
   first = row_of_batch * slots[0]

@@ -25,17 +25,12 @@ _COLUMNS = 32  # that a program joins: many programs, as there are few tiles
 class Cut(NamedTuple):
   """How [B,N,Q] tiles are shared out: the first `whole` to a program each, of the others every piece to one.
 
-  Piece i of a tile takes its steps from bounds[i] to bounds[i + 1], in parts of bounds[-1]. All first pieces come before
-  all second ones: the larger work first, and programs beside each other read the same blocks of the prefix.
+  All first pieces come before all second ones: programs beside each other read the same blocks of the prefix.
   """
 
   shape: tuple[int, int, int]
   whole: int
-  bounds: tuple[int, ...]
-
-  @property
-  def pieces(self) -> int:
-    return len(self.bounds) - 1
+  pieces: int
 
   @property
   def split(self) -> int:
@@ -56,15 +51,12 @@ class Cut(NamedTuple):
   def work(self, program):
     """A program's tile and its share of the steps, as `parts.walk` wants them."""
     if not self.split:
-      return self.where(program), (0, 1, 1)
+      return self.where(program), (0, 1)
     past = program - self.whole
     split = past >= 0
     tile = jnp.where(split, self.whole + lax.rem(past, jnp.int32(self.split)), program)
-    first, last = jnp.int32(0), jnp.where(split, self.bounds[1], self.bounds[-1])
-    for i in range(1, self.pieces):
-      later = past >= i * self.split
-      first, last = jnp.where(later, self.bounds[i], first), jnp.where(later, self.bounds[i + 1], last)
-    return self.where(tile), (first, last, self.bounds[-1])
+    piece = jnp.where(split, lax.div(past, jnp.int32(self.split)), 0)
+    return self.where(tile), (piece, jnp.where(split, self.pieces, 1))
 
   def sums(self, *lengths: int) -> list[jax.ShapeDtypeStruct]:
     """What the pieces leave: float32 [pieces R,128,length] for each length, or [pieces R,128] where it is 0."""

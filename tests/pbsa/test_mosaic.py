@@ -1,7 +1,5 @@
 """Tiers C and D: the Mosaic kernels themselves, in jax's GPU interpreter with race detection, and lowered for CUDA."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +23,7 @@ def interpret():
 
 @pytest.fixture
 def force(monkeypatch):
-  """force(whole, bounds): so many tiles are whole, the rest is cut so, whether it pays or not."""
+  """force(whole, pieces): so many tiles are whole, the rest is cut, whether it pays or not."""
   return lambda *cut: monkeypatch.setattr(mosaic_sm90_pieces, "whole_and_pieces", lambda *_: cut)
 
 
@@ -160,15 +158,15 @@ def test_gradients_match_oracle(interpret, h, valid, prefix, own_keys, counts, g
 # Steps are of two blocks forward, of one backward: tiles of 8, 5 and 1 blocks, of an odd number in the last step, of fewer
 # steps than pieces and of none at all.
 @pytest.mark.parametrize(
-  "h, valid, prefix, own_keys, counts, grad_range, whole, bounds",
+  "h, valid, prefix, own_keys, counts, grad_range, whole, pieces",
   [
-    (64, 60, 1, False, [[[7, 4, 0]]], None, 1, (0, 1, 2, 3)),
-    (64, 48, 0, False, [[[3], [0]]], None, 0, (0, 1, 2)),
-    (128, 64, 2, True, [[[1]], [[3]]], (1, 3), 1, (0, 2, 3)),
+    (64, 60, 1, False, [[[7, 4, 0]]], None, 1, 3),
+    (64, 48, 0, False, [[[3], [0]]], None, 0, 2),
+    (128, 64, 2, True, [[[1]], [[3]]], (1, 3), 1, 2),
   ],
 )
-def test_pieces_match_oracle(interpret, force, h, valid, prefix, own_keys, counts, grad_range, whole, bounds):
-  force(whole, bounds)
+def test_pieces_match_oracle(interpret, force, h, valid, prefix, own_keys, counts, grad_range, whole, pieces):
+  force(whole, pieces)
   blocks, (b, n, q) = 9, np.shape(counts)
   shapes = [(b, q * 128, n, h), *[(b, blocks * 64, n, h)] * 2, *[(b, prefix * 64, n, h)] * own_keys]
   x = draw(h + valid, *shapes)
@@ -194,7 +192,7 @@ def test_pieces_match_oracle(interpret, force, h, valid, prefix, own_keys, count
 
 
 def test_pieces_of_a_stacked_layer(interpret, force):
-  force(1, (0, 1, 2))
+  force(1, 2)
   q, k, v, own = draw(3, (2, 128, 1, 64), *[(3, 2, 256, 1, 64)] * 2, (3, 2, 64, 1, 64))
   ids, counts = lists(4, [[[3]], [[3]]], 1, 4)
   out, _ = pbsa_mosaic(Call(0.1, 60, interpret=interpret), q, k, v, own, ids, counts, 1, jnp.int32(2))
@@ -203,7 +201,7 @@ def test_pieces_of_a_stacked_layer(interpret, force):
 
 
 def test_pieces_under_vmap(interpret, force):
-  force(0, (0, 1, 2))
+  force(0, 2)
   q, k, v = draw(17, (2, 1, 128, 1, 64), *[(2, 1, 256, 1, 64)] * 2)
   ids, counts = (x[:, None] for x in lists(18, [[[3]], [[4]]], 0, 4))
   out, _ = jax.vmap(lambda *x: pbsa_mosaic(Call(0.1, 64, interpret=interpret), *x[:3], None, *x[3:], 0))(
@@ -215,7 +213,7 @@ def test_pieces_under_vmap(interpret, force):
 
 def test_the_rest_of_a_joined_tile(interpret, force):
   """out + rest is right to 16 bits, a hundred times what bf16 alone is."""
-  force(0, (0, 1, 2))
+  force(0, 2)
   q, k, v = draw(13, (1, 128, 1, 64), *[(1, 256, 1, 64)] * 2)
   ids, counts = lists(14, [[[4]]], 0, 4)
   # Equal keys: bf16 holds the probabilities before they are normalised, all 1.
@@ -226,30 +224,27 @@ def test_the_rest_of_a_joined_tile(interpret, force):
   assert np.linalg.norm(np.asarray(out, np.float64) - want) > 2**-11 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize(
-  "shape, whole, bounds", [((2, 3, 5), 22, (0, 1, 2, 3)), ((1, 2, 3), 0, (0, 2, 3)), ((1, 2, 2), 4, (0, 1))]
-)
-def test_programs_share_out_all_work(shape, whole, bounds):
-  cut = mosaic_sm90_pieces.Cut(shape, whole, bounds)
+@pytest.mark.parametrize("shape, whole, pieces", [((2, 3, 5), 22, 3), ((1, 2, 3), 0, 2), ((1, 2, 2), 4, 1)])
+def test_programs_share_out_all_work(shape, whole, pieces):
+  cut = mosaic_sm90_pieces.Cut(shape, whole, pieces)
   shares = {}
   for program in range(cut.programs):
-    where, (first, last, of) = cut.work(jnp.int32(program))
-    shares.setdefault(tuple(map(int, where)), []).append((int(first), int(last), int(of)))
+    where, share = cut.work(jnp.int32(program))
+    shares.setdefault(tuple(map(int, where)), []).append(tuple(map(int, share)))
   assert sorted(shares) == list(np.ndindex(shape))
   for index, where in enumerate(np.ndindex(shape)):
-    want = [(0, bounds[-1], bounds[-1])] if index < whole else [(*x, bounds[-1]) for x in itertools.pairwise(bounds)]
-    assert shares[where] == want
+    assert shares[where] == ([(0, 1)] if index < whole else [(i, pieces) for i in range(pieces)])
 
 
 @pytest.mark.parametrize(
   "tiles, blocks, multiprocessors, want",
   [
-    (432, 124, 132, (396, (0, 1, 2, 3))),  # 36 are left over: 108 thirds in one short round
-    (40, 124, 132, (0, (0, 1, 2, 3))),
-    (432, 8, 132, (432, (0, 1))),
-    (432, 0, 132, (432, (0, 1))),
-    (264, 124, 132, (264, (0, 1))),
-    (524, 124, 132, (524, (0, 1))),
+    (432, 124, 132, (396, 3)),  # 36 are left over: 108 thirds in one short round
+    (40, 124, 132, (0, 3)),
+    (432, 8, 132, (432, 1)),
+    (432, 0, 132, (432, 1)),
+    (264, 124, 132, (264, 1)),
+    (524, 124, 132, (524, 1)),
   ],
 )
 def test_lists_are_cut_where_it_pays(tiles, blocks, multiprocessors, want):
@@ -265,7 +260,7 @@ def test_the_most_a_tile_reads(prefix, own, most):
 
 def test_checkpoints_make_again_what_pieces_sum_up_to(force):
   """Recomputed for the backward pass, forward is both kernels again: jax.checkpoint sees what the second one is for."""
-  force(1, (0, 1, 2))
+  force(1, 2)
   q, k, v = draw(15, (1, 256, 1, 64), *[(1, 256, 1, 64)] * 2)
   ids, counts = lists(16, [[[4, 3]]], 0, 4)
   f = jax.checkpoint(lambda *x: pbsa_mosaic(Call(0.1, 64), *x, None, ids, counts, 0)[0].astype(jnp.float32).sum())
