@@ -50,12 +50,12 @@ def whole_and_pieces(tiles: int, blocks: int, multiprocessors: int) -> tuple[int
   """How many tiles are worked on whole, and into how many pieces the lists of all others are cut.
 
   A multiprocessor runs one program at a time, so tiles come in rounds, and the last round may be a nearly empty one. Its
-  tiles are cut where that makes it shorter.
+  tiles are cut where that makes it shorter; a single round's are not, which was slower on an H100 (NOTES.md).
 
   Args:
     tiles: query tiles of all heads and batch rows. blocks: the most that a tile reads, as far as it is known.
   """
-  last = tiles % multiprocessors
+  last = tiles % multiprocessors if tiles > multiprocessors else 0
 
   def time(pieces):
     return -(-last * pieces // multiprocessors) * (START + blocks / pieces) + JOIN * (pieces > 1)
