@@ -109,7 +109,8 @@ def pbsa(
       raise NotImplementedError(reason)
     if reason is None:
       config = choose_config(q.shape[-1], kv_valid, device.device_kind)
-      call = mosaic_sm90.Call(scale, kv_valid, kv_grad_range, config)
+      cores = getattr(device, "core_count", mosaic_sm90.Call.multiprocessors)
+      call = mosaic_sm90.Call(scale, kv_valid, kv_grad_range, config, multiprocessors=cores)
       if layer is not None:
         q, k, v = (_forward_only(x) for x in (q, k, v))
       out, lse = mosaic_sm90.pbsa_mosaic(call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks, layer)

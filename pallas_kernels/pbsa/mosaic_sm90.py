@@ -3,6 +3,7 @@
 Letters: B batch, T query rows, S key slots, N heads, H head dim, Q query tiles, K key blocks.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -33,6 +34,7 @@ def pbsa_mosaic(call: Call, q, k, v, prefix_k, block_ids, block_counts, prefix_b
 
   Returns out in q's dtype and lse float32 [B,N,T].
   """
+  call = dataclasses.replace(call, most_blocks=most_blocks(k, prefix_k, block_ids, prefix_blocks))
   prefix_blocks = jnp.asarray(prefix_blocks, jnp.int32).reshape(1)
   if not block_ids.shape[-1]:  # a kernel's input has at least one element
     block_ids = jnp.zeros((*block_counts.shape, 1), jnp.int32)
@@ -40,6 +42,16 @@ def pbsa_mosaic(call: Call, q, k, v, prefix_k, block_ids, block_counts, prefix_b
     return _attend(call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks)
   layer = jnp.asarray(layer, jnp.int32).reshape(1)
   return forward(call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks, layer)[:2]
+
+
+def most_blocks(k, prefix_k, block_ids, prefix_blocks) -> int:
+  """How many blocks a tile reads at most, as shapes tell."""
+  blocks = k.shape[-3] // BLOCK
+  if isinstance(prefix_blocks, int):
+    prefix = prefix_blocks
+  else:
+    prefix = blocks if prefix_k is None else prefix_k.shape[-3] // BLOCK
+  return min(blocks, prefix + block_ids.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.pbsa import mosaic_sm90_parts as parts
+from pallas_kernels.pbsa import mosaic_sm90_pieces as pieces
 from pallas_kernels.pbsa.lists import BLOCK, TILE
 from pallas_kernels.pbsa.mosaic_sm90_parts import LOG2E, ROWS, WARPGROUPS, Call
 
@@ -24,14 +25,17 @@ def backward_q(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, dout, 
   width, stages = call.config.dq_width, call.config.dq_stages
   columns = width * call.loaded(width)
   rows_of_memory, slots = parts.memory(k, v, prefix_k)
+  cut = pieces.cut(call, counts.shape)
 
   def pbsa_dq(*refs, smem, barriers):
-    q_ref, *memory, dout_ref, lse_ref, delta_ref, dq_ref = refs
+    q_ref, *memory = refs[:8]
+    dout_ref, lse_ref, delta_ref, dq_ref, *sum_refs = refs[8:]
     q_s, dout_s, lse_s, delta_s, k_s, v_s = smem
     rows_full, (k_full, k_free), (v_full, v_free) = barriers
-    where = batch, head, tile = tuple(lax.axis_index(x) for x in ("batch", "head", "tile"))
-    wg = lax.axis_index("wg")
-    blocks, steps, load = parts.walk(call, width, where, slots, memory, k_s, v_s, k_full, v_full)
+    program, wg = lax.axis_index("program"), lax.axis_index("wg")
+    where, share = cut.work(program)
+    batch, head, tile = where
+    blocks, steps, load = parts.walk(call, width, where, share, slots, memory, k_s, v_s, k_full, v_full)
 
     pl.when(wg == WARPGROUPS)(lambda: parts.fetch(steps, stages, (k_free, v_free), load))
 
@@ -111,16 +115,20 @@ def backward_q(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, dout, 
 
       nothing = lambda: parts.filled((ROWS, h), 0)
       acc = lax.cond(steps > 0, read, nothing)
-      q_s[wg] = (acc * call.scale).astype(q.dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(q_s.at[wg], dq_ref.at[mine, head])
-      plgpu.wait_smem_to_gmem(0)
 
-  out = parts.launch(
+      def whole():
+        q_s[wg] = (acc * call.scale).astype(q.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s.at[wg], dq_ref.at[mine, head])
+        plgpu.wait_smem_to_gmem(0)
+
+      cut.store(program, whole, (acc,), sum_refs)
+
+  dq, *sums = parts.launch(
     pbsa_dq,
     call,
-    jax.ShapeDtypeStruct((b * t, n, h), q.dtype),
-    dict(batch=b, head=n, tile=t // TILE),
+    [jax.ShapeDtypeStruct((b * t, n, h), q.dtype), *cut.sums(h)],
+    dict(program=cut.programs),
     smem=(
       *[parts.tiled((WARPGROUPS, ROWS, h), q.dtype)] * 2,
       *[plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)] * 2,
@@ -141,7 +149,8 @@ def backward_q(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, dout, 
     lse2,
     delta,
   )
-  return out.reshape(q.shape)
+  total = lambda of_pieces: [sum(acc for (acc,) in of_pieces) * call.scale]
+  return pieces.join(call, cut, [dq], sums, total)[0].reshape(q.shape)
 
 
 def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix_blocks, dout, lse2, delta):
@@ -159,7 +168,7 @@ def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix
   b, t, n, h = q.shape
   stages = call.config.dkv_stages
   num = tiles.shape[2]
-  in_turn = parts.in_turn(num * b * n, call.config.dkv_blocks)
+  in_turn = parts.in_turn(call, num * b * n, call.config.dkv_blocks)
   rows_of_memory, slots = parts.memory(k, v, prefix_k)
 
   def pbsa_dkv(*refs, smem, barriers):

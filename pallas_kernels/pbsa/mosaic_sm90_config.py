@@ -13,6 +13,9 @@ from pallas_kernels.pbsa.lists import BLOCK, TILE
 
 TUNED = pathlib.Path(__file__).parent / "tuned"
 SHARED_MEMORY = 232448  # bytes a program may use on Hopper
+MOST_PIECES = 8
+# What a program costs beside its list, and joining all pieces, in the time of a block: roughly, on an H100 (NOTES.md).
+START, JOIN = 6, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,24 @@ KERNELS = {  # what is tried for each
   "dq": {"dq_stages": (3, 4, 6), "dq_width": (1, 2, 4)},
   "dkv": {"dkv_stages": (2, 3, 4), "dkv_blocks": (1, 2, 4)},
 }
+
+
+def whole_and_pieces(tiles: int, blocks: int, multiprocessors: int) -> tuple[int, int]:
+  """How many tiles are worked on whole, and into how many pieces the lists of all others are cut.
+
+  A multiprocessor runs one program at a time, so tiles come in rounds, and the last round may be a nearly empty one. Its
+  tiles are cut where that makes it shorter; a single round's are not, which was slower on an H100 (NOTES.md).
+
+  Args:
+    tiles: query tiles of all heads and batch rows. blocks: the most that a tile reads, as far as it is known.
+  """
+  last = tiles % multiprocessors if tiles > multiprocessors else 0
+
+  def time(pieces):
+    return -(-last * pieces // multiprocessors) * (START + blocks / pieces) + JOIN * (pieces > 1)
+
+  best = min(range(1, MOST_PIECES + 1), key=time)  # of equals the fewest
+  return (tiles, 1) if best == 1 else (tiles - last, best)
 
 
 def loaded(kv_valid: int, width: int) -> int:

@@ -1,10 +1,12 @@
-"""The forward kernel: one program per query tile, online softmax in base 2 over the tile's blocks.
+"""The forward kernel: one program per query tile, or piece of one, online softmax in base 2 over the tile's blocks.
 
 A warpgroup's softmax runs beside its own product with the values, and beside the other warpgroup's products.
 
 Letters: B batch, T query rows, S key slots, N heads, H head dim, Q query tiles, J slots loaded of a block, W blocks per
 step.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.pbsa import mosaic_sm90_parts as parts
+from pallas_kernels.pbsa import mosaic_sm90_pieces as pieces
 from pallas_kernels.pbsa.lists import TILE
 from pallas_kernels.pbsa.mosaic_sm90_parts import LOG2E, ROWS, WARPGROUPS, Call
 
@@ -33,15 +36,18 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
   columns = width * call.loaded(width)
   layer = jnp.zeros_like(prefix_blocks) if layer is None else layer
   rows_of_memory, slots = parts.memory(k, v, prefix_k)
+  cut = pieces.cut(call, counts.shape)
 
   def pbsa_forward(*refs, smem, barriers):
     q_ref, *memory = refs[:8]
-    out_ref, lse_ref, *rest_ref = refs[8:]
+    out_ref, lse_ref, *more = refs[8:]
+    rest_ref, sum_refs = more[:remainder], more[remainder:]
     q_s, k_s, v_s, lse_s = smem
     q_full, (k_full, k_free), (v_full, v_free) = barriers
-    where = batch, head, tile = tuple(lax.axis_index(x) for x in ("batch", "head", "tile"))
-    wg = lax.axis_index("wg")
-    blocks, steps, load = parts.walk(call, width, where, slots, memory, k_s, v_s, k_full, v_full)
+    program, wg = lax.axis_index("program"), lax.axis_index("wg")
+    where, share = cut.work(program)
+    batch, head, tile = where
+    blocks, steps, load = parts.walk(call, width, where, share, slots, memory, k_s, v_s, k_full, v_full)
 
     pl.when(wg == WARPGROUPS)(lambda: parts.fetch(steps, stages, (k_free, v_free), load))
 
@@ -114,26 +120,29 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
         return parts.filled((ROWS, h), 0), vector(-jnp.inf), vector(0)
 
       acc, m, l = lax.cond(steps > 0, read, nothing)
-      lse_s[wg] = m / LOG2E + jnp.log(l)  # -inf where nothing was read
-      acc *= parts.over_columns(1 / jnp.where(l > 0, l, 1), acc.shape)
-      out = acc.astype(q.dtype)
-      my_q[...] = out
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[batch, head, pl.ds(tile * TILE + wg * ROWS, ROWS)])
-      plgpu.copy_smem_to_gmem(my_q, out_ref.at[mine, head])
-      plgpu.wait_smem_to_gmem(0)
-      if rest_ref:
-        my_q[...] = (acc - out.astype(jnp.float32)).astype(q.dtype)
+
+      def whole():
+        value, lse_s[wg] = finish(acc, m, l)
+        out = value.astype(q.dtype)
+        my_q[...] = out
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(my_q, rest_ref[0].at[mine, head])
+        plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[batch, head, pl.ds(tile * TILE + wg * ROWS, ROWS)])
+        plgpu.copy_smem_to_gmem(my_q, out_ref.at[mine, head])
         plgpu.wait_smem_to_gmem(0)
+        if rest_ref:
+          my_q[...] = (value - out.astype(jnp.float32)).astype(q.dtype)
+          plgpu.commit_smem()
+          plgpu.copy_smem_to_gmem(my_q, rest_ref[0].at[mine, head])
+          plgpu.wait_smem_to_gmem(0)
+
+      cut.store(program, whole, (acc, m, l), sum_refs)
 
   rows = jax.ShapeDtypeStruct((b * t, n, h), q.dtype)
-  out, lse, *rest = parts.launch(
+  found = parts.launch(
     pbsa_forward,
     call,
-    [rows, jax.ShapeDtypeStruct((b, n, t), jnp.float32), *[rows] * remainder],
-    dict(batch=b, head=n, tile=t // TILE),
+    [rows, jax.ShapeDtypeStruct((b, n, t), jnp.float32), *[rows] * remainder, *cut.sums(h, 0, 0)],
+    dict(program=cut.programs),
     smem=(
       parts.tiled((WARPGROUPS, ROWS, h), q.dtype),
       *[parts.tiled((stages, columns, h), q.dtype)] * 2,
@@ -144,4 +153,23 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
       *[parts.ring(stages, width)] * 2,
     ),
   )(parts.flat(q), *rows_of_memory, ids, counts, prefix_blocks, layer)
+
+  def total(of_pieces):
+    """The online softmax's last steps, each with all that a piece has read."""
+    m = functools.reduce(jnp.maximum, (m for _, m, _ in of_pieces))
+    shift = jnp.where(m == -jnp.inf, 0, m)  # a tile that reads nothing keeps exp2(-inf) = 0
+    acc, l = 0, 0
+    for part, own_m, own_l in of_pieces:
+      alpha = jnp.exp2(own_m - shift)
+      acc, l = acc + part * parts.over_columns(alpha, part.shape), l + own_l * alpha
+    acc, lse = finish(acc, m, l)
+    return acc, lse, *[acc - acc.astype(q.dtype).astype(jnp.float32)] * remainder
+
+  own = 2 + remainder
+  out, lse, *rest = pieces.join(call, cut, found[:own], found[own:], total)
   return out.reshape(q.shape), lse, (rest[0].reshape(q.shape) if remainder else None)
+
+
+def finish(acc, m, l):
+  """The output in float32, and lse, -inf where nothing was read, of an online softmax's sums."""
+  return acc * parts.over_columns(1 / jnp.where(l > 0, l, 1), acc.shape), m / LOG2E + jnp.log(l)

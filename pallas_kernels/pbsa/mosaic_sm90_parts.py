@@ -22,20 +22,24 @@ from pallas_kernels.pbsa.mosaic_sm90_config import Config, loaded
 
 WARPGROUPS = 2  # that compute
 ROWS = TILE // WARPGROUPS
-MULTIPROCESSORS = 132  # of an H100 or H200
 LOG2E = math.log2(math.e)
 BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """Static facts of one call: what multiplies logits, valid slots of a block, and how to run."""
+  """Static facts of one call: what multiplies logits, valid slots of a block, and how to run.
+
+  most_blocks: that a tile can read, as far as it is known; where it is not, no list is cut into pieces.
+  """
 
   scale: float
   kv_valid: int
   kv_grad_range: tuple[int, int] | None = None
   config: Config = Config()
   interpret: plgpu.InterpretGPUParams | None = None
+  most_blocks: int = 0
+  multiprocessors: int = 132  # an H100's or H200's
 
   def loaded(self, width: int) -> int:
     """J: slots of a block that are loaded."""
@@ -59,15 +63,15 @@ def memory(k, v, prefix_k):
   return rows, (k.shape[-3], 0 if prefix_k is None else prefix_k.shape[-3])
 
 
-def launch(body, call: Call, out_type, grid: dict[str, int], **scratch):
-  """Runs body(*refs, **scratch) on a grid (last axis fastest), with one more warpgroup than compute."""
+def launch(body, call: Call, out_type, grid: dict[str, int], warpgroups=WARPGROUPS + 1, **scratch):
+  """Runs body(*refs, **scratch) on a grid (last axis fastest), by default with one more warpgroup than compute."""
   return plgpu.kernel(
     body,
     out_type=out_type,
     scratch_types=scratch,
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
-    num_threads=WARPGROUPS + 1,
+    num_threads=warpgroups,
     thread_name="wg",
     compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     interpret=call.interpret,
@@ -75,9 +79,9 @@ def launch(body, call: Call, out_type, grid: dict[str, int], **scratch):
   )
 
 
-def in_turn(items: int, most: int) -> int:
+def in_turn(call: Call, items: int, most: int) -> int:
   """How many items a program takes one after the other: at most so many, and fewer before a multiprocessor gets none."""
-  return max(1, min(most, items // MULTIPROCESSORS))
+  return max(1, min(most, items // call.multiprocessors))
 
 
 def filled(shape, value, layout=plgpu.Layout.WGMMA):
@@ -175,27 +179,32 @@ def row(*parts):
   return pl.multiple_of(sum(parts), 8)
 
 
-def walk(call: Call, width: int, where, slots: tuple[int, int], refs, k_s, v_s, k_full, v_full):
-  """The blocks that a query tile reads: the prefix first, then its list, `width` per step.
+def walk(call: Call, width: int, where, share, slots: tuple[int, int], refs, k_s, v_s, k_full, v_full):
+  """The blocks that a query tile reads: the prefix first, then its list, `width` per step; or a share of these steps.
 
   Args:
     where: (batch row, head, tile).
+    share: (i, p): the i-th of p pieces, as equal as whole steps allow; (0, 1) is all.
     slots: see `memory`. refs: its rows in global memory, then the lists int32 [B,N,Q,Kmax], their counts [B,N,Q], and
       the number of prefix blocks and the layer, int32 [1].
     k_s, v_s: slots of the ring. k_full, v_full: their barriers.
 
   Returns:
-    how many blocks, how many steps, and the `load` that `produce` wants.
+    how many blocks, how many steps, and the `load` that `produce` wants; steps count from the share's first.
   """
   k, v, prefix_k, ids, counts, prefix_blocks, layer = refs
-  b, n, tile = where
+  (b, n, tile), (piece, pieces) = where, share
   prefix, loaded = prefix_blocks[0], call.loaded(width)
-  blocks = prefix + counts[b, n, tile]
+  total = prefix + counts[b, n, tile]
+  steps_of = lambda blocks: lax.div(blocks + (width - 1), jnp.int32(width))
+  begin, end = (width * lax.div(steps_of(total) * i, jnp.int32(pieces)) for i in (piece, piece + 1))
+  blocks = jnp.minimum(end, total) - begin
   row_of_batch = layer[0] * counts.shape[0] + b
   first = row_of_batch * slots[0]
 
   def load(step, slot):
-    at = [jnp.minimum(step * width + i, blocks - 1) for i in range(width)]  # past the end: the last block again
+    last = begin + blocks - 1
+    at = [jnp.minimum(begin + step * width + i, last) for i in range(width)]  # past the end: the last block again
     # All ids are read here, before any waiting.
     block = [jnp.where(i < prefix, i, ids[b, n, tile, jnp.maximum(i - prefix, 0)]) for i in at]
 
@@ -218,7 +227,7 @@ def walk(call: Call, width: int, where, slots: tuple[int, int], refs, k_s, v_s, 
 
     return load_k, load_v
 
-  return blocks, lax.div(blocks + (width - 1), jnp.int32(width)), load
+  return blocks, steps_of(blocks), load
 
 
 def hide(call: Call, width: int, step, blocks, x, fill):

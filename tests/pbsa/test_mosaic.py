@@ -7,18 +7,24 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.pbsa import mosaic_sm90, mosaic_sm90_parts, pbsa, validate_lists
+from pallas_kernels.pbsa import mosaic_sm90, mosaic_sm90_pieces, pbsa, validate_lists
 from pallas_kernels.pbsa.lists import top_lists, transpose_lists
 from pallas_kernels.pbsa.mosaic_sm90 import Call, pbsa_mosaic
-from pallas_kernels.pbsa.mosaic_sm90_config import Config, heuristic
+from pallas_kernels.pbsa.mosaic_sm90_config import Config, heuristic, whole_and_pieces
+from pallas_kernels.pbsa.mosaic_sm90_forward import forward
 from tests.pbsa.oracle import oracle, random_lists
 
 
 @pytest.fixture
-def interpret(monkeypatch):
-  monkeypatch.setattr(mosaic_sm90_parts, "MULTIPROCESSORS", 1)  # so that programs take several blocks
+def interpret():
   yield plgpu.InterpretGPUParams(detect_races=True)
   interpreter.reset_gpu_interpret_mode_state()
+
+
+@pytest.fixture
+def force(monkeypatch):
+  """force(whole, pieces): so many tiles are whole, the rest is cut, whether it pays or not."""
+  return lambda *cut: monkeypatch.setattr(mosaic_sm90_pieces, "whole_and_pieces", lambda *_: cut)
 
 
 def no_races():
@@ -131,7 +137,9 @@ def test_gradients_match_oracle(interpret, h, valid, prefix, own_keys, counts, g
   x = draw(h + valid, *shapes, scale=scale)
   dout, dlse = draw(8, (b, q * 128, n, h))[0], draw(9, (b, n, q * 128), dtype=jnp.float32)[0]
   ids, counts = lists(7, counts, prefix, blocks)
-  call = Call(h**-0.5, valid, grad_range, settings, interpret)
+  call = Call(
+    h**-0.5, valid, grad_range, settings, interpret, multiprocessors=1
+  )  # so that programs take several blocks
   f = lambda q, k, v, p=None: pbsa_mosaic(call, q, k, v, p, ids, counts, jnp.int32(prefix))
   got = jax.vjp(f, *x)[1]((dout, dlse))
   assert no_races()
@@ -145,6 +153,119 @@ def test_gradients_match_oracle(interpret, h, valid, prefix, own_keys, counts, g
   for a, w in zip(got, want, strict=True):
     close(a, w, 5e-3)
     assert not np.any(np.asarray(a)[w == 0])
+
+
+# Steps are of two blocks forward, of one backward: tiles of 8, 5 and 1 blocks, of an odd number in the last step, of fewer
+# steps than pieces and of none at all.
+@pytest.mark.parametrize(
+  "h, valid, prefix, own_keys, counts, grad_range, whole, pieces",
+  [
+    (64, 60, 1, False, [[[7, 4, 0]]], None, 1, 3),
+    (64, 48, 0, False, [[[3], [0]]], None, 0, 2),
+    (128, 64, 2, True, [[[1]], [[3]]], (1, 3), 1, 2),
+  ],
+)
+def test_pieces_match_oracle(interpret, force, h, valid, prefix, own_keys, counts, grad_range, whole, pieces):
+  force(whole, pieces)
+  blocks, (b, n, q) = 9, np.shape(counts)
+  shapes = [(b, q * 128, n, h), *[(b, blocks * 64, n, h)] * 2, *[(b, prefix * 64, n, h)] * own_keys]
+  x = draw(h + valid, *shapes)
+  dout, dlse = draw(8, (b, q * 128, n, h))[0], draw(9, (b, n, q * 128), dtype=jnp.float32)[0]
+  ids, counts = lists(7, counts, prefix, blocks)
+  call = Call(h**-0.5, valid, grad_range, interpret=interpret)
+  f = lambda q, k, v, p=None: pbsa_mosaic(call, q, k, v, p, ids, counts, jnp.int32(prefix))
+  (out, lse), vjp = jax.vjp(f, *x)
+  got = vjp((dout, dlse))
+  assert no_races()
+  more = dict(prefix_blocks=prefix, prefix_k=x[3] if own_keys else None, kv_valid=valid)
+  want, want_lse = oracle(*x[:3], ids, counts, **more)
+  close(out, want, 3e-3)
+  assert not np.any(np.asarray(out)[want == 0])
+  np.testing.assert_allclose(lse, want_lse, atol=2e-6)
+  want = oracle_gradients(*x[:3], ids, counts, dout, dlse, scale=call.scale, **more)
+  first, last = grad_range or (0, blocks)
+  for array in want[1:3]:
+    array[:, : first * 64], array[:, (last + 1) * 64 :] = 0, 0
+  for a, w in zip(got, want, strict=True):
+    close(a, w, 5e-3)
+    assert not np.any(np.asarray(a)[w == 0])
+
+
+def test_pieces_of_a_stacked_layer(interpret, force):
+  force(1, 2)
+  q, k, v, own = draw(3, (2, 128, 1, 64), *[(3, 2, 256, 1, 64)] * 2, (3, 2, 64, 1, 64))
+  ids, counts = lists(4, [[[3]], [[3]]], 1, 4)
+  out, _ = pbsa_mosaic(Call(0.1, 60, interpret=interpret), q, k, v, own, ids, counts, 1, jnp.int32(2))
+  close(out, oracle(q, k[2], v[2], ids, counts, prefix_blocks=1, prefix_k=own[2], kv_valid=60, scale=0.1)[0], 3e-3)
+  assert no_races()
+
+
+def test_pieces_under_vmap(interpret, force):
+  force(0, 2)
+  q, k, v = draw(17, (2, 1, 128, 1, 64), *[(2, 1, 256, 1, 64)] * 2)
+  ids, counts = (x[:, None] for x in lists(18, [[[3]], [[4]]], 0, 4))
+  out, _ = jax.vmap(lambda *x: pbsa_mosaic(Call(0.1, 64, interpret=interpret), *x[:3], None, *x[3:], 0))(
+    q, k, v, ids, counts
+  )
+  for i in range(2):
+    close(out[i], oracle(q[i], k[i], v[i], ids[i], counts[i], scale=0.1)[0], 3e-3)
+
+
+def test_the_rest_of_a_joined_tile(interpret, force):
+  """out + rest is right to 16 bits, a hundred times what bf16 alone is."""
+  force(0, 2)
+  q, k, v = draw(13, (1, 128, 1, 64), *[(1, 256, 1, 64)] * 2)
+  ids, counts = lists(14, [[[4]]], 0, 4)
+  # Equal keys: bf16 holds the probabilities before they are normalised, all 1.
+  args = q, jnp.ones_like(k), v, None, ids, counts, jnp.zeros(1, jnp.int32)
+  out, _, rest = forward(Call(0.125, 64, interpret=interpret), *args, remainder=True)
+  want = oracle(*args[:3], ids, counts)[0]
+  close(np.asarray(out, np.float64) + np.asarray(rest, np.float64), want, 2**-16)
+  assert np.linalg.norm(np.asarray(out, np.float64) - want) > 2**-11 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("shape, whole, pieces", [((2, 3, 5), 22, 3), ((1, 2, 3), 0, 2), ((1, 2, 2), 4, 1)])
+def test_programs_share_out_all_work(shape, whole, pieces):
+  cut = mosaic_sm90_pieces.Cut(shape, whole, pieces)
+  shares = {}
+  for program in range(cut.programs):
+    where, share = cut.work(jnp.int32(program))
+    shares.setdefault(tuple(map(int, where)), []).append(tuple(map(int, share)))
+  assert sorted(shares) == list(np.ndindex(shape))
+  for index, where in enumerate(np.ndindex(shape)):
+    assert shares[where] == ([(0, 1)] if index < whole else [(i, pieces) for i in range(pieces)])
+
+
+@pytest.mark.parametrize(
+  "tiles, blocks, multiprocessors, want",
+  [
+    (432, 124, 132, (396, 3)),  # 36 are left over: 108 thirds in one short round
+    (40, 124, 132, (40, 1)),
+    (432, 8, 132, (432, 1)),
+    (432, 0, 132, (432, 1)),
+    (264, 124, 132, (264, 1)),
+    (524, 124, 132, (524, 1)),
+  ],
+)
+def test_lists_are_cut_where_it_pays(tiles, blocks, multiprocessors, want):
+  assert whole_and_pieces(tiles, blocks, multiprocessors) == want
+
+
+@pytest.mark.parametrize("prefix, own, most", [(3, None, 5), (None, None, 8), (None, 4, 6), (7, None, 8)])
+def test_the_most_a_tile_reads(prefix, own, most):
+  k, ids = jnp.zeros((1, 512, 1, 64)), jnp.zeros((1, 1, 1, 2), jnp.int32)
+  own = None if own is None else jnp.zeros((1, own * 64, 1, 64))
+  assert mosaic_sm90.most_blocks(k, own, ids, jnp.int32(1) if prefix is None else prefix) == most
+
+
+def test_checkpoints_make_again_what_pieces_sum_up_to(force):
+  """Recomputed for the backward pass, forward is both kernels again: jax.checkpoint sees what the second one is for."""
+  force(1, 2)
+  q, k, v = draw(15, (1, 256, 1, 64), *[(1, 256, 1, 64)] * 2)
+  ids, counts = lists(16, [[[4, 3]]], 0, 4)
+  f = jax.checkpoint(lambda *x: pbsa_mosaic(Call(0.1, 64), *x, None, ids, counts, 0)[0].astype(jnp.float32).sum())
+  text = jax.jit(jax.value_and_grad(f, range(3))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("@mosaic_gpu_v2") == 2 + 2 + 2 + 1  # forward twice, dq, and dk with dv
 
 
 def test_top_lists():
@@ -174,10 +295,11 @@ DIGITS = dict(h=64, n=4, tiles=6, blocks=84, kmax=21, prefix=12, valid=48)
 
 @pytest.mark.parametrize("shape", [PRODUCTION, DIGITS], ids=["production", "digits"])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_lowers_for_cuda(shape, gradient):
+@pytest.mark.parametrize("multiprocessors", [1, 132], ids=["whole", "pieces"])
+def test_lowers_for_cuda(shape, gradient, multiprocessors):
   h, n, tiles, blocks, kmax, prefix, valid = shape.values()
   of = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
-  call = Call(h**-0.5, valid, None, heuristic(h, valid))
+  call = Call(h**-0.5, valid, None, heuristic(h, valid), multiprocessors=multiprocessors)
   stack = () if gradient else (30,)
 
   def attend(q, k, v, prefix_k, ids, counts, prefix):
@@ -193,7 +315,10 @@ def test_lowers_for_cuda(shape, gradient):
     of(dtype=jnp.int32),
   )
   text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-  assert text.count("@mosaic_gpu_v2") == (3 if gradient else 1)
+  kernels = 3 if gradient else 1
+  if multiprocessors > 1:
+    kernels += 2 if gradient else 1  # that join pieces
+  assert text.count("@mosaic_gpu_v2") == kernels
 
 
 @pytest.mark.parametrize(
