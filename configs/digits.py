@@ -2,8 +2,8 @@
 
 Variants: "" (sparse, learned importance: the shipped model), "attention" (the paper's rule), "window" (the same KV bytes,
 no P), "dense" (21 latents), "base" (the common dense start of all of them), "teacher" (bidirectional, 21 latents at once: what
-distillation learns from), "student", "student_window", "student_dense" (4 steps, distilled from the teacher with that memory:
---config.distill.teacher=DIR), "tiny" and "tiny_student" (smoke tests).
+distillation learns from), "student", "student_window", "student_dense" (4 steps, distilled against the teacher with that
+memory), "ode" (4 steps, from trajectories that `python -m sfjax.ode` wrote: --config.data.path=DIR), "tiny" (a smoke test).
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ MEMORY |= {
   "student": SPARSE,
   "student_window": MEMORY["window"],
   "student_dense": MEMORY["dense"],
-  "tiny_student": SPARSE,
+  "ode": SPARSE,
 }
 FEW_STEPS = SamplerConfig(kind="few_step", steps=4, shift=SHIFT)
 
@@ -54,20 +54,23 @@ def get_config(variant=""):
       steps=4000, stages=stages, optimizer="muon", lr=1e-3, shift=SHIFT, p_known=0.0, init="checkpoints/digits"
     )
   distill, sampler = DistillConfig(), SamplerConfig(steps=20, shift=SHIFT, guidance=6.0)
-  if "student" in variant:  # rollouts of up to 28 chunks, the last 7 judged
+  data = DataConfig()
+  if variant == "ode":
+    stages = (Stage(until=1.0, chunks=7, batch=32),)
+    train = TrainConfig(steps=1500, stages=stages, optimizer="muon", lr=5e-4, shift=SHIFT, init="checkpoints/digits")
+    data, sampler = DataConfig(source="ode"), FEW_STEPS
+  if variant.startswith("student"):  # rollouts of up to 28 chunks, the last 7 judged
     stages = (Stage(until=1.0, chunks=28, batch=32, p_memory=0.3, hide=(1, 2)),)
     train = TrainConfig(
-      steps=600, stages=stages, lr=1e-4, betas=(0.0, 0.999), warmup=20, ema=0.99, log_every=10, save_every=100,
+      steps=600, stages=stages, lr=7e-5, betas=(0.0, 0.999), warmup=30, decay=0.3, ema=0.99, log_every=10, save_every=100,
       init="checkpoints/digits",
     )  # fmt: skip
-    distill, sampler = DistillConfig(teacher="checkpoints/digits_teacher"), FEW_STEPS
+    distill = DistillConfig(teacher="checkpoints/digits_teacher", guidance=5.0, shift=SHIFT, critic_lr=2e-4)
+    sampler = FEW_STEPS
   model = ModelConfig.digits(remat="dots", chunk_frames=21 if variant == "teacher" else 3)
-  if variant.startswith("tiny"):
+  if variant == "tiny":
     model = ModelConfig.digits(dim=64, layers=2, heads=1, ffn_dim=64, dtype="float32")
     stages = (Stage(0.5, chunks=2, batch=2, dense=True), Stage(1.0, chunks=5, batch=2, p_memory=0.5, hide=(1, 1)))
-    if variant == "tiny_student":
-      stages = (Stage(1.0, chunks=2, batch=2),)
-      distill = DistillConfig(critic_updates=2)
     train = TrainConfig(steps=8, stages=stages, warmup=2, log_every=2, save_every=2)
   return to_config_dict(
     Config(
@@ -75,7 +78,7 @@ def get_config(variant=""):
       model=model,
       memory=MEMORY[variant],
       sampler=sampler,
-      data=DataConfig(),
+      data=data,
       train=train,
       distill=distill,
     )
