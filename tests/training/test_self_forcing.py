@@ -14,7 +14,6 @@ from sfjax.errors import UserError
 from sfjax.flow import SamplerConfig
 from sfjax.routing import MemoryConfig
 from tests.memory.test_equality import random_params, tiny
-from tests.rollout.conftest import cheap_compilation  # noqa: F401, a fixture
 
 B, JUDGED, SILENT = 2, 3, 2
 MODEL = tiny(latent_size=(4, 6), tile=(1, 2, 3), layers=2, prediction="x0", text_len=16)
