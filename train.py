@@ -12,10 +12,17 @@ def main(argv: list[str]) -> None:
   parser = Parser(description=__doc__, epilog="Rerun the same command to resume. Any config key: --config.key=value.")
   parser.add_argument("--config", required=True, help="configs/NAME.py[:variant]")
   parser.add_argument("--workdir", required=True, help="checkpoints, logs and the exported model go here")
+  parser.add_argument(
+    "--coordinator", metavar="HOST:PORT", help="of process 0, for a run on several hosts (SLURM tells by itself)"
+  )
+  parser.add_argument("--processes", type=int, help="of such a run")
+  parser.add_argument("--process", type=int, help="which of them this is")
   flags = parser.parse_args(rest)
   config = to_dataclass(Config, apply_overrides(load_config(flags.config), overrides))
-  from sfjax.training import train  # after the flags: nothing heavy starts on a typing error
+  from sfjax.cluster import join  # after the flags: nothing heavy starts on a typing error
+  from sfjax.training import train
 
+  join(flags.coordinator, flags.processes, flags.process)
   print(f"model: {train(config, flags.workdir)}")
 
 

@@ -1,19 +1,28 @@
 """Speed of sampling, chunk by chunk: the denoiser alone, with the VAE, and the VAE alone, on random weights at full size.
 
-python -m benchmarks.realtime --config configs/wan_1_3b.py --seconds 20 --out out/realtime
+python -m benchmarks.realtime --config configs/wan_1_3b.py --seconds 5 20 60 --out out/realtime
 
 What is timed is `Sampler.stream`, as sample.py runs it, after a short video has compiled everything; its chunks follow each
 other on the device without a pause. "denoiser" is the time from the pixels of a chunk to the latents and the memory of the
 next, "end to end" the time from pixels on the host to pixels on the host. The first frames are there when the first chunk's
 pixels are on the host, after the request with the prompt's embedding in hand. Frames per second are those of the median chunk
 in the steady state: from chunk W + C / blocks of a chunk on, when the memory is full; "late" is the median of the last four
-chunks over that of the first four full ones.
+chunks over that of the first four full ones. One video a memory, of the longest --seconds; the shorter ones are its beginning.
 
 Memories: "sparse", the config's own; "window", as many bytes without selection; "window9", the last 9 latents, "dense", the
-last 21, and "full", all of the video.
+last 21, and "full", all of the video, or as much as the device holds beside the workspace of the memories before: what is
+longer is not run, and its row tells the bytes it would take. Dense ones are read by pbsa, all blocks, the library's only way.
+
+Bytes are those of `sfjax.ledger`: predicted from shapes, then measured on the run's arrays; "live" is all that the device
+held at the end. The peak is predicted as what is held and the larger workspace of the two compiled programs; measured it is
+the highest since the program began, so that memories are best asked for from the smallest on.
+
+--self_forcing DIR times Self-Forcing in PyTorch from a clone, see `benchmarks.self_forcing_peer`; its frames per second with
+the VAE are those of the whole clip, decoded at its end.
 """
 
 import argparse
+import bisect
 import dataclasses
 import json
 import math
@@ -24,16 +33,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sfjax import rollout
+from benchmarks import self_forcing_peer
+from benchmarks.realtime_report import HEADER, line, peer_line, plot
+from sfjax import ledger, rollout
 from sfjax.checkpoint import named
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
-from sfjax.data.digits import chunk_of_frame
+from sfjax.data.digits import first_frame
 from sfjax.errors import Parser, UserError, command
-from sfjax.memory import held_bytes
-from sfjax.parts import Parts, in_compute_dtype, wan_parts
+from sfjax.memory import held_bytes, memory_bytes
+from sfjax.parts import Around, Parts, in_compute_dtype, wan_parts
 from sfjax.routing import MemoryConfig
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
-from sfjax.sampling import ATTENTION, Sampler, attention_preset
+from sfjax.sampling import ATTENTION, Sampler
 from sfjax.wan_vae import WanVAE, WanVAEConfig
 
 
@@ -65,7 +76,7 @@ def random_parts(config: Config, vae: WanVAEConfig, seed: int = 0) -> Parts:
   text = jax.random.normal(jax.random.key(seed + 2), (1, model.text_len, model.text_dim)) * row
   return wan_parts(
     config,
-    vae,
+    Around(vae=vae),
     dit=random_weights(rollout.abstract_params(model), seed),
     pixels=random_weights(jax.eval_shape(lambda: WanVAE(vae).init()), seed + 1),
     check=lambda captions, flag: None,
@@ -73,18 +84,27 @@ def random_parts(config: Config, vae: WanVAEConfig, seed: int = 0) -> Parts:
   )
 
 
-def memories(config: Config, seconds: float) -> dict[str, MemoryConfig]:
-  """What can be asked for by --attention."""
-  chunks = chunk_of_frame(round(seconds * config.data.fps) - 1) + 1
-  presets = {name: attention_preset(config, name) for name in ATTENTION}
-  return presets | {"window9": config.memory.of_window(3), "full": config.memory.of_window(chunks)}
+def memory_of(config: Config, attention: str, chunks: int) -> MemoryConfig:
+  """What can be asked for by --attention, for a video of so many chunks."""
+  return config.memory.of_window(3) if attention == "window9" else ledger.memory_for(config, attention, chunks)
 
 
-def measure(parts: Parts, memory: MemoryConfig, seconds: float) -> dict:
-  """Times of every chunk of a video, and what follows from them."""
+def fitting(parts: Parts, attention: str, chunks: int, spare: int) -> int:
+  """Chunks of the longest video, up to `chunks`, whose predicted bytes and `spare` more fit in the device's memory."""
+  limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf) - spare
+  fits = lambda n: predict(parts, memory_of(parts.config, attention, n))["total"] <= limit
+  return chunks if fits(chunks) else bisect.bisect_left(range(1, chunks), True, key=lambda n: not fits(n))
+
+
+def predict(parts: Parts, memory: MemoryConfig) -> dict[str, int]:
+  """The ledger's rows for that memory."""
+  return ledger.predict(dataclasses.replace(parts.config, memory=memory), parts.around)
+
+
+def measure(parts: Parts, memory: MemoryConfig, chunks: int) -> dict:
+  """Times of every chunk of a video, and the bytes held."""
   parts = dataclasses.replace(parts, config=dataclasses.replace(parts.config, memory=memory))
-  sampler, model = Sampler(parts), parts.config.model
-  frames = round(seconds * sampler.fps)
+  sampler, frames = Sampler(parts), first_frame(chunks)
   began = time.perf_counter()
   for _ in sampler.stream(sampler.start(["x"], 0), min(frames, 21 + 12), 0, [0]):
     pass  # compiles the first and the later chunks' programs
@@ -95,24 +115,61 @@ def measure(parts: Parts, memory: MemoryConfig, seconds: float) -> dict:
     first = first or time.perf_counter() - began
     if not np.ptp(pixels):
       raise RuntimeError("the pixels are all the same: nothing was computed")
-  times = np.array(stream.seconds)
-  full = memory.window + math.ceil(memory.persistent / model.layout.blocks)
-  full = full if full < len(times) else min(1, len(times) - 1)
-  steady = np.median(times[full:], 0)
-  per_chunk = model.chunk_frames * parts.codec.time
+  predicted, workspace = predict(parts, memory), stream.workspace()
   return {
     "frames": frames,
     "compile_s": compiled,
     "first_frames_s": first,
+    "chunk_times_s": stream.seconds,
+    "kv_bytes": {"predicted": sampler.kv_bytes["kv"], "measured": held_bytes(stream.memory)},
+    "device_bytes": {
+      "predicted": predicted,
+      "measured": ledger.measure(parts, memory, stream.memory, stream.decoded),
+      "live": sum(x.nbytes for x in jax.live_arrays()),
+      "workspace": workspace,
+    },
+    "peak_memory": {"predicted": predicted["total"] + max(workspace.values())} | peak_memory(),
+  }
+
+
+def summary(parts: Parts, memory: MemoryConfig, times: np.ndarray) -> dict:
+  """What follows from the times of a video's first chunks."""
+  model = parts.config.model
+  full = memory.window + math.ceil(memory.persistent / model.layout.blocks)
+  full = full if full < len(times) else min(1, len(times) - 1)
+  per_chunk, steady = model.chunk_frames * parts.codec.time, np.median(times[full:], 0)
+  return {
     "fps_denoiser": per_chunk / float(steady[0]),
     "fps_end_to_end": per_chunk / float(steady[1]),
     "denoiser": latency(times[full:, 0].tolist()),
     "end_to_end": latency(times[full:, 1].tolist()),
     "late_over_early": float(np.median(times[-4:, 0]) / np.median(times[full : full + 4, 0])),
-    "chunk_times_s": times.tolist(),
-    "kv_bytes": {"predicted": sampler.kv_bytes["kv"], "measured": held_bytes(stream.memory)},
-    "peak_memory": peak_memory(),
   }
+
+
+def rows_of(parts: Parts, attention: str, seconds: list[float], spare: int) -> tuple[dict, list[dict]]:
+  """A memory's run of the longest video that fits, and a row for each of `seconds` and for that length if it is another."""
+  config = parts.config
+  wanted = {ledger.chunks_of(config, s): s for s in sorted(seconds)}
+  longest = fitting(parts, attention, max(wanted), spare)
+  run = {}
+  try:
+    if longest:
+      run = {"attention": attention} | measure(parts, memory_of(config, attention, longest), longest)
+      wanted.setdefault(longest, first_frame(longest) / config.data.fps)
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    longest = 0  # it seemed to fit
+  rows = []
+  for chunks, s in sorted(wanted.items()):
+    memory = memory_of(config, attention, chunks)
+    row = {"attention": attention, "seconds": s, "chunks": chunks, "measured": chunks <= longest}
+    row |= {"kv_bytes": memory_bytes(config.model, memory)["kv"], "total_bytes": predict(parts, memory)["total"]}
+    if row["measured"]:
+      row |= summary(parts, memory, np.array(run["chunk_times_s"][:chunks]))
+    rows.append(row)
+  return run, rows
 
 
 def measure_decoder(parts: Parts, latents: int, runs: int = 5) -> dict:
@@ -133,46 +190,54 @@ def measure_decoder(parts: Parts, latents: int, runs: int = 5) -> dict:
 
 @command
 def main(argv: list[str]) -> None:
-  """Measures every attention and writes DIR/realtime.json."""
+  """Measures every attention and writes DIR/realtime.json and DIR/realtime.png."""
   rest, overrides = split_overrides(argv)
   p = Parser(prog="python -m benchmarks.realtime", description=__doc__.splitlines()[0])
   p.add_argument("--config", default="configs/wan_1_3b.py", metavar="FILE[:VARIANT]")
   choices = (*ATTENTION, "window9", "full")
-  p.add_argument("--attention", nargs="+", choices=choices, default=["sparse", "window", "dense"])
-  p.add_argument("--seconds", type=float, default=20.0, help="of video")
+  p.add_argument("--attention", nargs="+", choices=choices, default=["sparse", "window9", "dense", "full"])
+  p.add_argument("--seconds", type=float, nargs="+", default=[5.0, 20.0, 60.0, 300.0], help="of video")
   p.add_argument(
     "--clip", type=int, default=21, metavar="LATENTS", help="length of the clip decoded as a whole; 0: none"
   )
+  p.add_argument("--self_forcing", metavar="DIR", help="a clone of guandeh17/Self-Forcing, to time it in PyTorch")
   p.add_argument("--vae_dim", type=int, default=WanVAEConfig().dim, help=argparse.SUPPRESS)
   p.add_argument("--out", default="out/realtime")
   a = p.parse_args(rest)
-  if not a.seconds > 0:
-    raise UserError(f"--seconds: {a.seconds}; want more than 0")
+  for seconds in a.seconds:
+    if not 0 < seconds <= 3600:
+      raise UserError(f"--seconds: {seconds:g}; want more than 0 and at most 3600")
   config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
   out = make_folder(a.out, "--out")
+  # Before JAX has taken the device's memory.
+  peer = self_forcing_peer.run_beside(a.self_forcing) if a.self_forcing else {}
   keep_programs()
-  parts, rows, decoder = random_parts(config, WanVAEConfig(dim=a.vae_dim)), [], {}
+  parts, runs, rows, decoder = random_parts(config, WanVAEConfig(dim=a.vae_dim)), [], [], {}
 
   def save():
-    record = run_record(to_dict(config), flags=vars(a), decoder=decoder, rows=rows, protocol=__doc__)
+    measured = {"decoder": decoder, "runs": runs, "rows": rows, "self_forcing": peer}
+    record = run_record(to_dict(config), flags=vars(a), **measured, protocol=__doc__)
     write_json_atomic(out / "realtime.json", json.loads(json.dumps(record, default=str)))
+    plot(runs, peer.get("rows", []), config.data.fps, out / "realtime.png")
 
   print(jax.devices()[0].device_kind)
+  if peer.get("skipped"):
+    print(f"Self-Forcing skipped: {peer['skipped']}")
   if a.clip:
     decoder |= measure_decoder(parts, a.clip)
     for name, x in decoder.items():
       print(f"decode a {name} of {x['latents']} latents, {x['frames']} frames: {x['s']:.3f} s", flush=True)
-    save()
-  print(
-    "| memory | FPS denoiser | FPS end to end | first frames s | late / early | KV GB | peak GB |\n" + "|---" * 7 + "|"
-  )
+  print(HEADER)
+  for row in peer.get("rows", []):
+    print(peer_line(row, config.data.fps), flush=True)
+  save()
   for attention in a.attention:
-    row = {"attention": attention} | measure(parts, memories(config, a.seconds)[attention], a.seconds)
-    rows.append(row)
-    cells = f"{row['fps_denoiser']:.1f} | {row['fps_end_to_end']:.1f} | {row['first_frames_s']:.3f}"
-    peak = (row["peak_memory"]["device"] or 0) / 1e9
-    held = row["kv_bytes"]["measured"] / 1e9
-    print(f"| {attention} | {cells} | {row['late_over_early']:.3f} | {held:.2f} | {peak:.1f} |", flush=True)
+    spare = max((n for r in runs for n in r["device_bytes"]["workspace"].values()), default=0)
+    run, found = rows_of(parts, attention, a.seconds, spare)
+    runs.extend([run] if run else [])
+    rows.extend(found)
+    for row in found:
+      print(line(row, run), flush=True)
     save()
 
 

@@ -21,13 +21,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from sfjax import rollout, training
+from sfjax import rollout
 from sfjax.config import Config, DataConfig, Stage, TrainConfig, to_dict
 from sfjax.errors import Parser, command
 from sfjax.evaluation.intervals import wilson
 from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
 from sfjax.objective import loss
+from sfjax.optimizer import optimizer
 from sfjax.routing import MemoryConfig
 from sfjax.runlog import make_folder, run_record, write_json_atomic
 from sfjax.text import WordEncoder
@@ -83,14 +84,14 @@ def config_of(memory: MemoryConfig, steps: int, dense: bool) -> Config:
 
 def trained(config: Config, params: dict, seed: int) -> dict:
   """Parameters after the config's steps, the batches drawn from `seed`."""
-  stage, tx = config.train.stages[0], training.optimizer(config)
+  stage, tx = config.train.stages[0], optimizer(config.train)
   words = jnp.zeros((stage.batch, MODEL.text_len), jnp.int32)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, opt, key):
     x, _ = clips(jax.random.fold_in(key, 0), stage.batch, CHUNKS, HIDDEN)
     x = x.reshape(stage.batch, -1, *x.shape[3:])
-    f = lambda p: loss(config, stage, p, x, words, jax.random.fold_in(key, 1))
+    f = lambda p: loss(config, stage, p, x, words, jax.random.fold_in(key, 1), jnp.arange(stage.batch))
     (_, metrics), grads = jax.value_and_grad(f, has_aux=True)(params)
     updates, opt = tx.update(grads, opt, params)
     return optax.apply_updates(params, updates), opt, metrics

@@ -10,12 +10,11 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from sfjax import training
+from sfjax import cluster, training
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass
-from sfjax.data.digits import frames_of_chunks
+from sfjax.data.loader import make_loader
 
 
 def main(argv: list[str]) -> None:
@@ -27,34 +26,30 @@ def main(argv: list[str]) -> None:
   p.add_argument("--trace", help="write a profile of three steps of every stage into this folder")
   a = p.parse_args(rest)
   config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
-  rng = np.random.default_rng(0)
+  task = training.task(config)
   mean, start, compile_total = 0.0, 0.0, 0.0
   for stage in config.train.stages:
-    params = training.init_model(config)
-    state = {"step": jnp.zeros((), jnp.int32), "params": params, "ema": jax.tree.map(jnp.copy, params)}
-    state["opt"] = training.optimizer(config).init(params)
+    state, fixed = task.state(config), task.fixed(config)
+    loaders = [make_loader(task.source(config, part), part.batch, 0) for part in stage.parts]
     batches = [
-      (
-        rng.integers(0, 255, (part.batch, frames_of_chunks(part.chunks), 64, 64, 3), np.uint8),
-        rng.integers(0, 10, (part.batch, config.model.text_len)).astype(np.int32),
-      )
-      for part in stage.parts
+      (task.inputs(config, next(loader)), cluster.places(part.batch))
+      for loader, part in zip(loaders, stage.parts, strict=True)
     ]
-    step = jax.jit(functools.partial(training.train_step, config, stage, training.data_mesh()), donate_argnums=0)
+    step = jax.jit(functools.partial(task.step, config, stage, cluster.make_mesh(config.train.fsdp)), donate_argnums=0)
     began = time.perf_counter()
-    state, m = step(state, batches)
+    state, m = step(state, fixed, batches)
     m["loss"].block_until_ready()
     compiled = time.perf_counter() - began
     times = []
     for _ in range(6):
       began = time.perf_counter()
-      state, m = step(state, batches)
+      state, m = step(state, fixed, batches)
       m["loss"].block_until_ready()
       times.append(time.perf_counter() - began)
     if a.trace:
       with jax.profiler.trace(f"{a.trace}/stage{stage.chunks}"):
         for _ in range(3):
-          state, m = step(state, batches)
+          state, m = step(state, fixed, batches)
         m["loss"].block_until_ready()
     ms = float(np.median(times)) * 1e3
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30

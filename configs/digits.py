@@ -1,12 +1,14 @@
 """Handwritten digits, 64x64 at 16 fps: the whole method on one GPU in minutes, and on a laptop's CPU.
 
 Variants: "" (sparse, learned importance: the shipped model), "attention" (the paper's rule), "window" (the same KV bytes,
-no P), "dense" (21 latents), "base" (the common dense start of all of them), "tiny" (a smoke test).
+no P), "dense" (21 latents), "base" (the common dense start of all of them), "teacher" (bidirectional, 21 latents at once: what
+distillation learns from), "student", "student_window", "student_dense" (4 steps, distilled from the teacher with that memory:
+--config.distill.teacher=DIR), "tiny" and "tiny_student" (smoke tests).
 """
 
 import dataclasses
 
-from sfjax.config import Config, DataConfig, Stage, TrainConfig, to_config_dict
+from sfjax.config import Config, DataConfig, DistillConfig, Stage, TrainConfig, to_config_dict
 from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
@@ -20,10 +22,18 @@ MEMORY = {
   "": SPARSE,
   "base": SPARSE,
   "tiny": SPARSE,
+  "teacher": MemoryConfig(window=1),
   "attention": dataclasses.replace(SPARSE, importance="attention", novelty=0.0),
   "window": MemoryConfig(window=3),
   "dense": MemoryConfig(window=7),
 }
+MEMORY |= {
+  "student": SPARSE,
+  "student_window": MEMORY["window"],
+  "student_dense": MEMORY["dense"],
+  "tiny_student": SPARSE,
+}
+FEW_STEPS = SamplerConfig(kind="few_step", steps=4, shift=SHIFT)
 
 
 def get_config(variant=""):
@@ -38,19 +48,35 @@ def get_config(variant=""):
       Stage(until=1.0, chunks=9, batch=12, dense=True, p_memory=0.7, hide=(1, 4)),  # reading far back is learnt dense
     )
     train = TrainConfig(steps=12000, stages=stages, optimizer="muon", lr=2e-3, shift=SHIFT, warmup=200, decay=0.2)
-  if variant == "tiny":
-    stages = (Stage(0.5, chunks=2, batch=2, dense=True), Stage(1.0, chunks=5, batch=2, p_memory=0.5, hide=(1, 1)))
-    train = TrainConfig(steps=8, stages=stages, warmup=2, log_every=2, save_every=2)
-  model = ModelConfig.digits(remat="dots")
-  if variant == "tiny":
+  if variant == "teacher":  # from a causal model's weights: clips of 24 latents, of which it sees the first or last 21
+    stages = (Stage(until=1.0, chunks=8, batch=32, p_memory=0.4, hide=(1, 3)),)
+    train = TrainConfig(
+      steps=4000, stages=stages, optimizer="muon", lr=1e-3, shift=SHIFT, p_known=0.0, init="checkpoints/digits"
+    )
+  distill, sampler = DistillConfig(), SamplerConfig(steps=20, shift=SHIFT, guidance=6.0)
+  if "student" in variant:  # rollouts of up to 28 chunks, the last 7 judged
+    stages = (Stage(until=1.0, chunks=28, batch=32, p_memory=0.3, hide=(1, 2)),)
+    train = TrainConfig(
+      steps=600, stages=stages, lr=1e-4, betas=(0.0, 0.999), warmup=20, ema=0.99, log_every=10, save_every=100,
+      init="checkpoints/digits",
+    )  # fmt: skip
+    distill, sampler = DistillConfig(teacher="checkpoints/digits_teacher"), FEW_STEPS
+  model = ModelConfig.digits(remat="dots", chunk_frames=21 if variant == "teacher" else 3)
+  if variant.startswith("tiny"):
     model = ModelConfig.digits(dim=64, layers=2, heads=1, ffn_dim=64, dtype="float32")
+    stages = (Stage(0.5, chunks=2, batch=2, dense=True), Stage(1.0, chunks=5, batch=2, p_memory=0.5, hide=(1, 1)))
+    if variant == "tiny_student":
+      stages = (Stage(1.0, chunks=2, batch=2),)
+      distill = DistillConfig(critic_updates=2)
+    train = TrainConfig(steps=8, stages=stages, warmup=2, log_every=2, save_every=2)
   return to_config_dict(
     Config(
       name="digits",
       model=model,
       memory=MEMORY[variant],
-      sampler=SamplerConfig(steps=20, shift=SHIFT, guidance=6.0),
+      sampler=sampler,
       data=DataConfig(),
       train=train,
+      distill=distill,
     )
   )

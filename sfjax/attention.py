@@ -39,7 +39,7 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
   The memory's slots come in one of two ways. As part of the layer input, that of the layer: nothing is changed, and all is
   differentiable. Or as the carry, (k, v) of all layers, the index telling which one: the chunk is written there, in place where
   the carry is donated, and no slot is copied; forward only. The commit pass returns a `Commit`, with k and v only where the
-  carry does not hold them already; a denoising step returns None, or with `keep` its own k and v.
+  carry does not hold them already; a denoising step returns None, or with `keep` its own k, v and pooled q.
 
   prefix_k: with the carry, `memory.persistent_keys` of all layers, found once for all passes of a chunk.
   """
@@ -65,7 +65,7 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       prefix = jnp.minimum(m.chunk + 1, cfg.window) * layout.blocks
     keys = kv.persistent_keys(model, cfg, m) if slots is None else prefix_k
     out = pbsa(q, m.k, m.v, ids, counts, prefix_blocks=prefix, prefix_k=keys, kv_valid=layout.valid, layer=layer)
-    aux = (k, v) if keep else None
+    aux = (k, v, q_pooled) if keep else None
     if commit:
       nb = layout.blocks
       own = jax.lax.dynamic_slice_in_dim(m.pooled, cfg.persistent + (m.chunk % cfg.window) * nb, nb, 1)

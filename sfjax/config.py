@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from sfjax.errors import UserError
 from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
+from sfjax.rollout import CACHE_GRADIENTS
 from sfjax.routing import MemoryConfig
 
 OPTIMIZERS = ("adamw", "muon")
@@ -70,17 +71,21 @@ class TrainConfig:
   Attributes:
     optimizer: "adamw", or "muon" for the matrices of the blocks with AdamW for the rest; `lr` fits both (equal update RMS).
     warmup: steps of linear warm-up. decay: last fraction of the steps, in which the rate falls linearly to a twentieth.
+    betas: of Adam. patience: after so many steps in a row without a finite gradient, which change nothing, a run stops.
     threads: of the loader. workers: processes of the loader; 0 uses threads alone.
+    fsdp: devices over which the weights, their average and the optimiser's state are split.
   """
 
   steps: int
   stages: tuple[Stage, ...]
   optimizer: str = "adamw"
   lr: float = 1e-3
+  betas: tuple[float, float] = (0.9, 0.99)
   warmup: int = 100
   decay: float = 0.4
   weight_decay: float = 0.01
   clip: float = 1.0
+  patience: int = 10
   ema: float = 0.999
   accumulate: int = 1
   seed: int = 0
@@ -97,6 +102,7 @@ class TrainConfig:
   keep_every: int = 0
   threads: int = 4
   workers: int = 0
+  fsdp: int = 1
 
   def __post_init__(self):
     if self.steps < 1:
@@ -109,9 +115,44 @@ class TrainConfig:
     if not ends or ends != sorted(ends) or ends[-1] != 1.0:
       raise ValueError(f"stages: `until` is {ends}; want ascending fractions that end with 1.0")
 
-  def stage_at(self, step: int) -> int:
-    """Index of the stage that a step belongs to."""
-    return next(i for i, s in enumerate(self.stages) if step < round(s.until * self.steps) or s.until == 1.0)
+  def stage_at(self, step: int) -> tuple[int, int]:
+    """Index of the stage that a step belongs to, and how many steps of it came before."""
+    first = 0
+    for i, stage in enumerate(self.stages):
+      end = round(stage.until * self.steps)
+      if step < end or stage.until == 1.0:
+        return i, step - first
+      first = end
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+  """Distribution matching against a teacher (self_forcing section 4).
+
+  Attributes:
+    teacher: folder of a bidirectional model; "" trains on clips, without one. It judges as many latents as its chunk has,
+      the last ones of a rollout; a stage's `chunks` are the most that a rollout has.
+    guidance: the teacher's classifier-free guidance weight. shift: of the noise levels that both scores judge at.
+    critic_updates: of the fake score, for one of the student. critic_lr: constant.
+    cache_gradient: what a clean key or value passes on, see `rollout.self_forcing`.
+  """
+
+  teacher: str = ""
+  guidance: float = 4.0
+  shift: float = 5.0
+  critic_updates: int = 5
+  critic_lr: float = 1e-4
+  cache_gradient: str = "straight_through"
+
+  def __post_init__(self):
+    for name, ok, want in (
+      ("guidance", self.guidance >= 0, "0 or more"),
+      ("shift", self.shift > 0, "a positive number"),
+      ("critic_updates", self.critic_updates >= 1, "at least 1"),
+      ("cache_gradient", self.cache_gradient in CACHE_GRADIENTS, f"one of {', '.join(CACHE_GRADIENTS)}"),
+    ):
+      if not ok:
+        raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +165,7 @@ class Config:
   sampler: SamplerConfig
   data: DataConfig
   train: TrainConfig
+  distill: DistillConfig = DistillConfig()
 
 
 def to_config_dict(config) -> ConfigDict:

@@ -4,14 +4,16 @@ Where both denoise a noised clip alike, the student makes what real clips are; w
 direction in which the clip is too much the student's (self_forcing sections 4.3 and 4.4). What is a defect there is not here:
 noise is added and taken away with one and the same sigma.
 
-Letters: B clips, T latent frames, h, w, C a latent frame. A denoiser: (x [B,T,h,w,C], sigma [B,T]) -> clean latents.
+Keys are one for each clip. A denoiser: (x [B,T,h,w,C], sigma [B,T]) -> clean latents.
+
+Letters: B clips, T latent frames, h, w, C a latent frame.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from sfjax import rollout
 from sfjax.attention import parallel_attention
@@ -32,36 +34,40 @@ def whole_clip(model: ModelConfig, params, text_kv, x: Float[Array, "B T h w C"]
 
 def denoiser(model: ModelConfig, params, text_kv, null_kv=None, guidance: float = 1.0) -> Denoiser:
   """A bidirectional model as a denoiser; with guidance, away from what it makes of the null prompt's K/V."""
-
-  def clean(x, sigma, kv):
-    return to_x0(model, whole_clip(model, params, kv, x, sigma), x, sigma)
+  guided = guidance != 1
+  if guided:  # both in one pass
+    text_kv = jax.tree.map(lambda *kv: jnp.concatenate(kv, 1), text_kv, null_kv)
 
   def denoise(x, sigma):
-    x0 = clean(x, sigma, text_kv)
-    if guidance == 1:
+    if guided:
+      x, sigma = jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma])
+    x0 = to_x0(model, whole_clip(model, params, text_kv, x, sigma), x, sigma)
+    if not guided:
       return x0
-    without = clean(x, sigma, null_kv)
-    return without + guidance * (x0 - without)
+    with_prompt, without = jnp.split(x0, 2)
+    return without + guidance * (with_prompt - without)
 
   return denoise
 
 
-def noised(key: Array, x: Float[Array, "B T h w C"], shift: float):
+def noised(keys: Key[Array, "B"], x: Float[Array, "B T h w C"], shift: float):
   """The clips at one noise level each: (noisy, sigma [B,T], noise); uniform before the shift, within `_LEVELS`."""
-  levels, draws = jax.random.split(key)
-  sigma = jnp.clip(shift_sigma(jax.random.uniform(levels, x.shape[:1]), shift), *_LEVELS)
+  levels, draws = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+  sigma = jnp.clip(shift_sigma(jax.vmap(jax.random.uniform)(levels), shift), *_LEVELS)
   sigma = jnp.broadcast_to(sigma[:, None], x.shape[:2])
-  noise = jax.random.normal(draws, x.shape)
+  noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(draws)
   return add_noise(x, noise, sigma), sigma, noise
 
 
-def generator_loss(key: Array, x: Float[Array, "B T h w C"], real: Denoiser, fake: Denoiser, shift: float = 5.0):
+def generator_loss(
+  keys: Key[Array, "B"], x: Float[Array, "B T h w C"], real: Denoiser, fake: Denoiser, shift: float = 5.0
+):
   """Half the squared distance of x to where x would go; its gradient in x is (fake - real) / mean |x - real| / x.size.
 
   Returns the loss and metrics: how large that direction is, and how many clips had one that is not finite (they get none).
   """
   constant = jax.lax.stop_gradient(x)
-  noisy, sigma, _ = noised(key, constant, shift)
+  noisy, sigma, _ = noised(keys, constant, shift)
   real_x0, fake_x0 = real(noisy, sigma), fake(noisy, sigma)
   scale = jnp.abs(constant - real_x0).mean((1, 2, 3, 4), keepdims=True)
   direction = jax.lax.stop_gradient((fake_x0 - real_x0) / scale)
@@ -72,9 +78,9 @@ def generator_loss(key: Array, x: Float[Array, "B T h w C"], real: Denoiser, fak
 
 
 def critic_loss(
-  key: Array, x: Float[Array, "B T h w C"], model: ModelConfig, output, shift: float = 5.0
+  keys: Key[Array, "B"], x: Float[Array, "B T h w C"], model: ModelConfig, output, shift: float = 5.0
 ) -> Float[Array, ""]:
   """Flow loss of the fake score on the student's clips; output: (x, sigma) -> what the network returns."""
   x = jax.lax.stop_gradient(x)
-  noisy, sigma, noise = noised(key, x, shift)
+  noisy, sigma, noise = noised(keys, x, shift)
   return flow_loss(model, output(noisy, sigma), noisy, x, noise, sigma).mean()

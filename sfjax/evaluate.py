@@ -93,7 +93,7 @@ def run(argv: list[str]) -> None:
       sheet.save(out / (re.sub(r"[^\w.-]+", "_", f"{condition} {row} {i}") + ".png"))
 
   if a.task == "prompt":
-    chunks = len(arms) * tasks.prompt_chunks(a.seconds)
+    chunks = sum(tasks.prompt_chunks(arm, a.seconds) for arm in arms)
   else:
     chunks = sum(tasks.memory_chunks(hide, arm, a.intervene) for hide in a.hide for arm in arms)
   with tqdm(total=chunks * -(-a.videos // a.batch), unit="chunk", disable=None) as bar:

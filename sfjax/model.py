@@ -254,6 +254,11 @@ class DiT(nnx.Module):
     graph, stacked = nnx.split(self.blocks)
     return jax.lax.map(lambda p: nnx.merge(graph, p).cross_attn.key_value(h), stacked)
 
+  def log_importance(self, content: Float[Array, "L B K N H"]) -> Float[Array, "L B N K"]:
+    """`Block.log_importance` of every layer."""
+    graph, stacked = nnx.split(self.blocks)
+    return jax.vmap(lambda p, c: nnx.merge(graph, p).log_importance(c))(stacked, content)
+
   def __call__(
     self,
     x: Float[Array, "B G F h w C"],

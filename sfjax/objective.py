@@ -1,9 +1,11 @@
 """The objective: flow matching under teacher forcing, with the native memory switched on.
 
 One forward sees a clip twice: clean chunks, which write the memory, and noisy chunks, which read it as a rollout would. The
-last clean chunk would be read by nobody and is left out.
+last clean chunk would be read by nobody and is left out. A bidirectional model is the case of one chunk, as long as a clip.
 Letters: B clips, n chunks, F latent frames of a chunk, h, w, C a latent frame, M words.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from sfjax import rollout
 from sfjax.attention import parallel_attention
 from sfjax.config import Config, Stage
 from sfjax.flow import TIMESTEPS, add_noise, flow_loss, shift_sigma
+from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
 from sfjax.text import WordEncoder
 
@@ -24,6 +27,23 @@ def stage_memory(memory: MemoryConfig, stage: Stage) -> MemoryConfig:
   return memory.of_window(stage.chunks)
 
 
+def clip_keys(key: Array, index: Int32[Array, " B"]) -> Array:
+  """A key for each clip of a step's batch, by its place in the whole of it: what is drawn does not depend on the mesh."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def cut(model: ModelConfig, keys: Array, latents: Float[Array, "B T h w C"]) -> Float[Array, "B n F h w C"]:
+  """Whole chunks of a clip, its last ones half the time, else from its beginning, by clip; where it divides, all of it.
+
+  The beginning counts half, since it alone has a latent of a single frame.
+  """
+  n, spare = divmod(latents.shape[1], model.chunk_frames)
+  if spare:
+    late = jax.vmap(lambda key: jax.random.bernoulli(key, shape=(1, 1, 1, 1)))(keys)
+    latents = jnp.where(late, latents[:, spare:], latents[:, :-spare])
+  return latents.reshape(latents.shape[0], n, model.chunk_frames, *latents.shape[2:])
+
+
 def loss(
   config: Config,
   stage: Stage,
@@ -31,38 +51,41 @@ def loss(
   latents: Float[Array, "B T h w C"],
   words: Int32[Array, "B M"],
   key: Array,
+  index: Int32[Array, " B"],
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-  """Mean velocity error of the noisy frames, and the importance head's auxiliary loss.
+  """Mean velocity error of the noisy frames, a mean over clips, and the importance head's auxiliary loss.
 
   Args:
-    params: {"dit", "text"}. latents: T = n F clean latents. words: token ids of the captions.
+    params: {"dit", "text"}. latents: clean, see `cut`. words: token ids of the captions.
+    key: of the step. index: places of the clips in the step's whole batch.
 
   Returns:
     The loss, and its parts as metrics.
   """
-  model, train, n = config.model, config.train, stage.chunks
-  memory = stage_memory(config.memory, stage)
-  b = latents.shape[0]
-  x0 = latents.reshape(b, n, model.chunk_frames, *latents.shape[2:])
-  keys = iter(jax.random.split(key, 8))
-  uniform = lambda *shape: jax.random.uniform(next(keys), shape)
+  model, train = config.model, config.train
+  draws = iter(jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 9))(clip_keys(key, index)), 1, 0))
+  draw = lambda kind, *shape: jax.vmap(lambda k: kind(k, shape))(next(draws))
+  uniform = functools.partial(draw, jax.random.uniform)
 
-  sigma = jnp.broadcast_to(shift_sigma(uniform(b, n), train.shift)[..., None], x0.shape[:3])
-  first_known = jax.random.randint(next(keys), (b, n, 1), 1, model.chunk_frames)
-  known = (uniform(b, n, 1) < train.p_known) & (jnp.arange(model.chunk_frames) < first_known)
+  x0 = cut(model, next(draws), latents)
+  n = x0.shape[1]
+  memory = stage_memory(config.memory, stage)
+  sigma = jnp.broadcast_to(shift_sigma(uniform(n), train.shift)[..., None], x0.shape[:3])
+  first_known = draw(lambda k, shape: jax.random.randint(k, shape, 1, model.chunk_frames), n, 1)
+  known = (uniform(n, 1) < train.p_known) & (jnp.arange(model.chunk_frames) < first_known)
   sigma = jnp.where(known, 0.0, sigma)
-  noise = jax.random.normal(next(keys), x0.shape)
+  noise = draw(jax.random.normal, *x0.shape[1:])
   noisy = add_noise(x0, noise, sigma)
 
   # The clean half is noised half the time, so that the model survives its own errors; its timestep tells.
-  level = uniform(b, n) * train.context_noise * (uniform(b, 1) < train.p_context_noise)
+  level = uniform(n) * train.context_noise * (uniform(1) < train.p_context_noise)
   level = jnp.broadcast_to(level[..., None], sigma.shape)[:, :-1]
-  context = add_noise(x0[:, :-1], jax.random.normal(next(keys), x0[:, :-1].shape), level)
+  context = add_noise(x0[:, :-1], draw(jax.random.normal, n - 1, *x0.shape[2:]), level)
 
-  words = jnp.where(uniform(b, 1) < train.p_drop_prompt, 0, words)
+  words = jnp.where(uniform(1) < train.p_drop_prompt, 0, words)
   text = WordEncoder(model.text_len, model.text_dim).encode(params["text"], words)
   kv = rollout.text_kv(model, params["dit"], text)
-  rng = jax.vmap(jax.random.key_data)(jax.random.split(jax.random.fold_in(key, 1), model.layers))
+  rng = jax.vmap(jax.random.key_data)(jax.random.split(key, model.layers))
   out, _, plan = rollout.apply(
     model,
     params["dit"],
@@ -74,7 +97,9 @@ def loss(
     rng,
   )
   frames = flow_loss(model, out[:, n - 1 :], noisy, x0, noise, sigma)
-  flow = jnp.where(known, 0.0, frames).sum() / jnp.maximum((~known).sum(), 1)
+  flow = (
+    jnp.where(known, 0.0, frames).sum((1, 2)) / (~known).sum((1, 2))
+  ).mean()  # a chunk's last frame is never known
   aux = plan.importance_loss.mean()
   total = flow + train.importance_weight * aux
   return total, {"loss": total, "flow": flow, "importance": aux}

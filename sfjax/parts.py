@@ -30,12 +30,34 @@ from sfjax.wan_vae import WanVAE, WanVAEConfig, from_uint8, to_uint8
 
 
 @dataclasses.dataclass(frozen=True)
+class Around:
+  """Sizes of what stands around a DiT, with the dtypes it runs in; None where there is no such part.
+
+  Attributes:
+    vae: digits have none, their codec has no weights. tiny_decoder: decodes in the VAE's place, which stays.
+    text: a `UMT5Config`'s encoder is loaded for new prompts and gone before sampling; a `WordEncoder`'s weights stay.
+  """
+
+  vae: WanVAEConfig | None = None
+  tiny_decoder: TinyVAEConfig | None = None
+  text: WordEncoder | UMT5Config | None = None
+
+  @property
+  def codec(self) -> TinyVAE | WanVAE | DigitsCodec:
+    """What decodes."""
+    if self.tiny_decoder:
+      return TinyVAE(self.tiny_decoder)
+    return WanVAE(self.vae) if self.vae else DigitsCodec()
+
+
+@dataclasses.dataclass(frozen=True)
 class Parts:
   """A loaded model folder.
 
   Attributes:
-    config: as the folder says, with the dtypes that this machine runs it in.
-    dit: weights of the DiT. codec: has `time` and `space`, pixels of a latent along each.
+    config: as the folder says, with the dtypes that this machine runs it in. around: sizes of the other parts.
+    dit: weights of the DiT. others: weights of the other parts that stay on the device, by the names of `Around`.
+    codec: has `time` and `space`, pixels of a latent along each.
     check: (captions, flag) raises UserError at one that the text encoder does not take.
     text: captions -> rows for cross-attention [B,M,E].
     encode: frames uint8 [B,F,H,W,3], F = 1 + 4 n -> latents.
@@ -44,7 +66,9 @@ class Parts:
   """
 
   config: Config
+  around: Around
   dit: dict
+  others: dict[str, Any]
   codec: Any
   check: Callable[[list[str], str], Any]
   text: Callable[[list[str]], Float[Array, "B M E"]]
@@ -66,28 +90,50 @@ def load_parts(directory) -> Parts:
   return _wan(folder, config) if (folder / "dit").is_dir() else _digits(folder, config)
 
 
+def around(config: Config, folder: pathlib.Path | None = None) -> tuple[Config, Around]:
+  """The config with the dtypes that its weights are held in, and the sizes of what stands around the DiT.
+
+  Args:
+    folder: a model folder; without, Wan2.1's parts or those of digits, whichever the config's latents are.
+
+  Raises:
+    UserError: the folder lacks a part, or no codec here has such latents.
+  """
+  model, vae, text = config.model, WanVAEConfig(), UMT5Config()
+  codecs = {vae.z_dim: "Wan2.1's VAE", DigitsCodec().channels: "digits"}
+  if folder is None and model.latent_channels not in codecs:
+    accepted = ", ".join(f"{channels} ({name})" for channels, name in codecs.items())
+    raise UserError(f"--config.model.latent_channels: {model.latent_channels}; accepted are {accepted}")
+  if not (folder / "dit").is_dir() if folder else model.latent_channels != vae.z_dim:
+    return config, Around(text=WordEncoder(model.text_len, model.text_dim))
+  if folder:
+    vae, text = _sizes(folder, "vae", WanVAEConfig), _sizes(folder, "text", UMT5Config)
+  config, vae = in_compute_dtype(config, vae)
+  return config, Around(vae=vae, text=dataclasses.replace(text, dtype=model.dtype, param_dtype=model.dtype))
+
+
 def _digits(folder: pathlib.Path, config: Config) -> Parts:
-  model, codec = config.model, DigitsCodec()
-  encoder = WordEncoder(model.text_len, model.text_dim)
+  config, sizes = around(config, folder)
+  model, codec, encoder = config.model, sizes.codec, sizes.text
   like = {"dit": rollout.abstract_params(model), "text": jax.eval_shape(lambda: encoder.init(0))}
   params = checkpoint.load_params(folder, like)
-  decode = jax.jit(codec.decode, static_argnums=1)
   return Parts(
     config=config,
+    around=sizes,
     dit=params["dit"],
+    others={"text": params["text"]},
     codec=codec,
     check=encoder.tokens,
     text=lambda captions: encoder.encode(params["text"], encoder.tokens(captions)),
     encode=lambda frames: codec.encode(jnp.asarray(frames)),
     start=lambda batch: (),
-    decode=lambda state, latents, first: (state, decode(latents, first)),
+    decode=jax.jit(lambda state, latents, first: (state, codec.decode(latents, first)), static_argnums=2),
   )
 
 
 def _wan(folder: pathlib.Path, config: Config) -> Parts:
-  config, vae = in_compute_dtype(config, _sizes(folder, "vae", WanVAEConfig))
-  model = config.model
-  text = dataclasses.replace(_sizes(folder, "text", UMT5Config), dtype=model.dtype, param_dtype=model.dtype)
+  config, sizes = around(config, folder)
+  model, text = config.model, sizes.text
   encoder = UMT5Encoder(str(folder / "tokenizer.json"), model.text_len, text)
   encode = jax.jit(encoder.encode)
 
@@ -99,7 +145,8 @@ def _wan(folder: pathlib.Path, config: Config) -> Parts:
     params = functools.cache(lambda: wan.load_text(folder, text))
     return jnp.asarray(cache.embed(captions, lambda some: np.asarray(encode(params(), encoder.tokens(some))), batch=8))
 
-  return wan_parts(config, vae, wan.load_dit(folder, model), wan.load_vae(folder, vae), encoder.tokens, embeddings)
+  dit, pixels = wan.load_dit(folder, model), wan.load_vae(folder, sizes.vae)
+  return wan_parts(config, sizes, dit, pixels, encoder.tokens, embeddings)
 
 
 def in_compute_dtype(config: Config, vae: WanVAEConfig) -> tuple[Config, WanVAEConfig]:
@@ -109,13 +156,15 @@ def in_compute_dtype(config: Config, vae: WanVAEConfig) -> tuple[Config, WanVAEC
   return dataclasses.replace(config, model=model), dataclasses.replace(vae, dtype=dtype, param_dtype=dtype)
 
 
-def wan_parts(config: Config, vae: WanVAEConfig, dit: dict, pixels: dict, check, text) -> Parts:
+def wan_parts(config: Config, sizes: Around, dit: dict, pixels: dict, check, text) -> Parts:
   """Parts around Wan2.1's DiT. pixels: the VAE's weights. check, text: see `Parts`."""
-  codec = WanVAE(vae)
+  codec = WanVAE(sizes.vae)
   encode = jax.jit(lambda frames: codec.encode(pixels, from_uint8(frames)))
   return Parts(
     config=config,
+    around=sizes,
     dit=dit,
+    others={"vae": pixels},
     codec=codec,
     check=check,
     text=text,
@@ -146,13 +195,15 @@ def with_tiny_decoder(parts: Parts, file) -> Parts:
   if not isinstance(parts.codec, WanVAE):
     raise UserError("--tiny_decoder: it decodes Wan2.1's latents; this model folder has others")
   dtype = parts.config.model.dtype
-  codec = TinyVAE(TinyVAEConfig(dtype=dtype, param_dtype=dtype))
+  sizes = dataclasses.replace(parts.around, tiny_decoder=TinyVAEConfig(dtype=dtype, param_dtype=dtype))
+  codec = sizes.codec
   try:
     weights = {name: stored.read() for name, stored in open_tensors(file).items()}
     params = jax.device_put(from_official(codec.config, weights, str(file)))
   except UserError as e:
     raise UserError(f"--tiny_decoder: {e}") from e
-  return dataclasses.replace(parts, **_streaming(parts.config, codec, params))
+  others = parts.others | {"tiny_decoder": params}
+  return dataclasses.replace(parts, around=sizes, others=others, **_streaming(parts.config, codec, params))
 
 
 def _sizes(folder: pathlib.Path, part: str, config):

@@ -5,6 +5,7 @@ Letters: B videos, F latent frames of a chunk, h, w, C a latent frame, L layers,
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from sfjax import memory as kv
-from sfjax.attention import cached_attention
+from sfjax.attention import cached_attention, importance_loss
 from sfjax.flow import TIMESTEPS, SamplerConfig, denoise, few_step, to_x0
 from sfjax.model import DiT, ModelConfig
-from sfjax.routing import MemoryConfig
+from sfjax.routing import MemoryConfig, block_content
 
 
 @functools.cache
@@ -183,18 +184,32 @@ def rollout(
   chunks: int,
 ) -> tuple[Float[Array, "B n F h w C"], kv.KVMemory]:
   """`chunks` chunks in one scan. Differentiable: a chunk's gradient flows through the memory."""
-  return _in_turn(lambda m: rollout_chunk(model, cfg, sampler, params, m, key, sample), memory, chunks)
+  latents, memory = _in_turn(lambda m: rollout_chunk(model, cfg, sampler, params, m, key, sample), memory, chunks)
+  return jnp.moveaxis(latents, 0, 1), memory
 
 
 def _in_turn(chunk, memory: kv.KVMemory, chunks: int):
-  """chunk: memory -> (latents, memory), so many times: the latents side by side, and the last memory."""
+  """chunk: memory -> (what it made, memory), so many times: all that was made on a leading axis, and the last memory."""
 
   def step(memory, _):
-    x0, memory = chunk(memory)
-    return memory, x0
+    made, memory = chunk(memory)
+    return memory, made
 
-  memory, x0 = jax.lax.scan(step, memory, length=chunks)
-  return jnp.moveaxis(x0, 0, 1), memory
+  memory, made = jax.lax.scan(step, memory, length=chunks)
+  return made, memory
+
+
+class Looks(NamedTuple):
+  """Pooled vectors of a self-forced rollout of n chunks, from which the importance head learns what was looked at.
+
+  Attributes:
+    queries: of the exit steps, by query tile and patch. keys: of the clean chunks, by block and patch.
+    content: mean values of the clean blocks, what the head sees.
+  """
+
+  queries: Float[Array, "L B n Q I N H"]
+  keys: Float[Array, "L B n nb A N H"]
+  content: Float[Array, "L B n nb N H"]
 
 
 CACHE_GRADIENTS = ("straight_through", "detached")
@@ -211,7 +226,7 @@ def self_forcing(
   chunks: int,
   exit_step: Int32[Array, ""],
   cache_gradient: str = "straight_through",
-) -> tuple[Float[Array, "B n F h w C"], kv.KVMemory]:
+) -> tuple[Float[Array, "B n F h w C"], kv.KVMemory, Looks]:
   """A few-step student's own rollout, differentiable as Self-Forcing trains it (self_forcing section 4.2).
 
   Every chunk is denoised without gradient up to `exit_step`; that step's clean prediction is the chunk, with its gradient, and
@@ -243,16 +258,27 @@ def self_forcing(
       return few_step(model, sampler, x, out, i, keys)
 
     x = constant(jax.lax.fori_loop(0, exit_step, quiet, noise))
-    out, _, own = _forward(model, cfg, params, memory, x, level(exit_step), commit=False, keep=True)
+    out, _, (*own, queries) = _forward(model, cfg, params, memory, x, level(exit_step), commit=False, keep=True)
     x0 = to_x0(model, out, x, level(exit_step))
     _, _, update = _forward(model, cfg, fixed, past, constant(x0), level(-1), commit=True)
     update = constant(update)
+    content = jax.vmap(lambda v: block_content(v, model.layout))(update.v)
+    looks = constant(Looks(queries, update.pooled, content))
     if cache_gradient == "straight_through":
       k, v = (clean + (noisy - constant(noisy)) for clean, noisy in zip((update.k, update.v), own, strict=True))
       update = update._replace(k=k, v=v)
-    return x0, kv.per_layer(kv.commit_chunk, model, cfg, memory, update)
+    return (x0, looks), kv.per_layer(kv.commit_chunk, model, cfg, memory, update)
 
-  return _in_turn(chunk, memory, chunks)
+  (latents, looks), memory = _in_turn(chunk, memory, chunks)
+  return jnp.moveaxis(latents, 0, 1), memory, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), looks)
+
+
+def head_loss(model: ModelConfig, cfg: MemoryConfig, params, looks: Looks) -> Float[Array, ""]:
+  """`attention.importance_loss` on a student's own rollout, mean over layers; the gradient is the importance head's alone."""
+  layers, b, n, nb = looks.content.shape[:4]
+  predicted = _module(model, params).log_importance(looks.content.reshape(layers, b, n * nb, *looks.content.shape[4:]))
+  one = functools.partial(importance_loss, model, min(cfg.window, n), n)
+  return jax.vmap(one)(predicted, looks.queries, looks.keys).mean()
 
 
 # For NVIDIA GPUs: products by cuBLAS, which reads weights where they lie and joins a bias and GELU, and each on its own.

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfjax import checkpoint, sampling
+from sfjax import checkpoint, ledger, sampling
 from sfjax.config import to_dict
 from sfjax.data.digits import chunk_of_frame, first_frame
 from sfjax.errors import Parser, UserError
@@ -157,6 +157,11 @@ def run(argv: list[str]) -> None:
     seed=a.seed,
     videos=videos,
     kv_bytes={"predicted": sampler.kv_bytes, "measured": held_bytes(memory)},
+    device_bytes={
+      "predicted": ledger.predict(sampler.config, sampler.parts.around),
+      "measured": ledger.measure(sampler.parts, sampler.config.memory, memory, stream.decoded),
+      "workspace": stream.workspace(),
+    },
     peak_memory=peak_memory(),
     seconds_total=round(time.perf_counter() - began, 2),
   )

@@ -120,7 +120,7 @@ class Stream:
   def __init__(self, sampler: Sampler, memory, decoded, frames, key, samples, given, schedule):
     self.memory, self.decoded, self.seconds = memory, decoded, []
     self._sampler, self._key, self._samples = sampler, key, jnp.asarray(samples, jnp.int32)
-    self._given, self._schedule = given, schedule
+    self._given, self._schedule, self._asked = given, schedule, None
     self._frames = self._run(frames)
 
   def __iter__(self) -> Iterator[UInt8[np.ndarray, "B F h w 3"]]:
@@ -153,6 +153,22 @@ class Stream:
           work = begin_next()
         yield pixels
 
+  def workspace(self) -> dict[str, int]:
+    """Bytes that the last generated chunk's programs need beside what they are given and what they return, as XLA tells.
+
+    To be asked once all frames were taken; empty where no chunk was generated.
+    """
+    if not self._asked:
+      return {}
+    sampler, f = self._sampler, self._sampler.config.model.chunk_frames
+    memory, state, latents, first = self._asked
+    known, is_known = jax.ShapeDtypeStruct(latents.shape, latents.dtype), jax.ShapeDtypeStruct((f,), bool)
+    programs = {
+      "chunk": sampler.programs.chunk.lower(sampler.parts.dit, memory, self._key, self._samples, known, is_known),
+      "decode": sampler.parts.decode.lower(state, latents, first),
+    }  # both have run on the very same shapes, so that nothing is compiled here
+    return {name: program.compile().memory_analysis().temp_size_in_bytes for name, program in programs.items()}
+
   def _begin(self, chunk: int, made: int):
     """Starts a chunk's work on the device: (time, latents, pixels, whether it is not a given chunk)."""
     began = time.perf_counter()
@@ -161,17 +177,23 @@ class Stream:
     if chunk in self._schedule:
       self.memory = sampler.set_prompt(self.memory, self._schedule[chunk])
     part = self._given[:, made * f : (made + 1) * f]
-    generated = part.shape[1] < f
+    generated, before = part.shape[1] < f, jax.tree.map(_like, (self.memory, self.decoded))
     if generated:
       known = np.zeros((part.shape[0], f, *part.shape[2:]), np.float32)
       known[:, : part.shape[1]] = part
       is_known = jnp.arange(f) < part.shape[1]
       latents, self.memory = programs.chunk(dit, self.memory, self._key, self._samples, known, is_known)
+      self._asked = (*before, _like(latents), chunk == 0)
     else:
       latents = jnp.asarray(part)
       self.memory = programs.append(dit, self.memory, latents)
     self.decoded, pixels = sampler.parts.decode(self.decoded, latents, chunk == 0)
     return began, latents, pixels, generated
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+  """What compiles as the array does."""
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None)
 
 
 def sample(

@@ -1,5 +1,10 @@
-"""The training loop, read top to bottom: stages of clips, one jitted step, logs, checkpoints, resume by rerunning."""
+"""The training loop, read top to bottom: stages, one jitted step, logs, checkpoints, resume by rerunning.
 
+What a step does is a task's matter: `teacher_forcing`, or `self_forcing` where the config names a teacher. Every host of a run
+goes through the same loop; the first one logs and exports.
+"""
+
+import contextlib
 import functools
 import json
 import pathlib
@@ -7,66 +12,24 @@ import signal
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 
-from sfjax import rollout
-from sfjax.checkpoint import Checkpoints, export, load_params
-from sfjax.codec import DigitsCodec
-from sfjax.config import Config, Stage, TrainConfig, to_dict
-from sfjax.data.digits import SIZE, DigitsConfig, frames_of_chunks
-from sfjax.data.loader import DigitsSource, make_loader
-from sfjax.data.video_folder import VideoFolder
+from sfjax import cluster, self_forcing, teacher_forcing
+from sfjax.checkpoint import Checkpoints, export
+from sfjax.config import Config, to_dict
+from sfjax.data.loader import make_loader
 from sfjax.errors import UserError
 from sfjax.metrics import MetricWriter
-from sfjax.objective import loss
 from sfjax.runlog import make_folder, peak_memory, run_record, write_json_atomic
-from sfjax.text import WordEncoder
 
 _DATA_SEED = 1000  # clips of stage i come from stream 1000 * seed + i
 # What a rerun may change: how long, how often, how many helpers; the rest would make it another experiment.
 _FREE = {
-  f"train.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "keep_every", "threads", "workers")
+  f"train.{key}"
+  for key in ("steps", "log_every", "save_every", "keep_last", "keep_every", "threads", "workers", "fsdp")
 }
-
-
-def abstract_model(config: Config) -> dict:
-  """Shapes of all trained parameters."""
-  text = jax.eval_shape(lambda: WordEncoder(config.model.text_len, config.model.text_dim).init(0))
-  return {"dit": rollout.abstract_params(config.model), "text": text}
-
-
-def init_model(config: Config) -> dict:
-  """Fresh parameters, or those of the folder `train.init`."""
-  if config.train.init:
-    return load_params(config.train.init, abstract_model(config), "config.train.init")
-  seed = config.train.seed
-  encoder = WordEncoder(config.model.text_len, config.model.text_dim)
-  return {"dit": rollout.init_params(config.model, seed), "text": encoder.init(seed)}
-
-
-def clips(config: Config, stage: Stage):
-  """The stage's source of clips."""
-  data, frames = config.data, frames_of_chunks(stage.chunks)
-  size = tuple(n * DigitsCodec().space for n in config.model.latent_size)
-  if data.source == "folder":
-    if not data.path:
-      raise UserError("config.data.path: ''; want the folder of the videos")
-    return VideoFolder(data.path, size, data.fps, frames)
-  if data.source != "digits":
-    raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder")
-  if size != (SIZE, SIZE):
-    want = SIZE // DigitsCodec().space
-    raise UserError(f"config.model.latent_size: {config.model.latent_size}; digits want ({want}, {want})")
-  mix = (1 - data.colour_only - data.none, data.colour_only, data.none)
-  prompt = DigitsConfig(chunks=stage.chunks, caption_mix=mix)
-  memory = None
-  if stage.p_memory:
-    memory = DigitsConfig(variant="memory", chunks=stage.chunks, hide_chunks=((1.0, *stage.hide),))
-  return DigitsSource(prompt, memory, stage.p_memory, config.train.seed)
 
 
 def check_same_experiment(workdir, old: dict, new: dict) -> None:
@@ -77,198 +40,139 @@ def check_same_experiment(workdir, old: dict, new: dict) -> None:
       raise UserError(f"--workdir: {workdir} holds a run with config.{key} = {old.get(key)!r}, not {new.get(key)!r}")
 
 
-def learning_rate(t: TrainConfig) -> optax.Schedule:
-  """Linear warm-up, constant, linear decay to a twentieth."""
-  warmup = min(t.warmup, t.steps - 1)
-  decay = max(1, min(round(t.decay * t.steps), t.steps - warmup))
-  return optax.join_schedules(
-    [
-      optax.linear_schedule(0.0, t.lr, warmup),
-      optax.constant_schedule(t.lr),
-      optax.linear_schedule(t.lr, 0.05 * t.lr, decay),
-    ],
-    [warmup, t.steps - decay],
-  )
-
-
-def _is_matrix(path, x) -> bool:
-  """Whether a parameter is a Linear's matrix (or a stack of them); biases, gains and embeddings are not."""
-  return getattr(path[-1], "key", None) == "kernel"
-
-
-def optimizer(config: Config) -> optax.GradientTransformation:
-  """AdamW or Muon with the schedule of `learning_rate` and clipping; matrices alone decay."""
-  t = config.train
-  matrices = lambda p: jax.tree_util.tree_map_with_path(_is_matrix, p)
-  if t.optimizer == "adamw":
-    tx = optax.adamw(learning_rate(t), b2=0.99, weight_decay=t.weight_decay, mask=matrices)
-  else:
-
-    def orthogonal(p):  # the blocks' matrices, stacked over layers
-      axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-      return jax.tree_util.tree_map_with_path(lambda path, x: axes if _is_matrix(path, x) and x.ndim == 3 else None, p)
-
-    tx = optax.contrib.muon(
-      learning_rate(t),
-      weight_decay=t.weight_decay,
-      weight_decay_mask=matrices,
-      adam_b2=0.99,
-      adam_weight_decay=t.weight_decay,
-      muon_weight_dimension_numbers=orthogonal,
-      consistent_rms=0.2,  # updates as large as Adam's, so that one learning rate serves both
-    )
-  tx = optax.chain(optax.clip_by_global_norm(t.clip), tx)
-  return tx if t.accumulate == 1 else optax.MultiSteps(tx, t.accumulate).gradient_transformation()
-
-
-def data_mesh() -> Mesh:
-  """All devices along the one axis "data": each takes its share of a batch."""
-  return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-
-
-def train_step(config: Config, stage: Stage, mesh: Mesh, state: dict, batches: list) -> tuple[dict, dict]:
-  """One step: state {"step", "params", "ema", "opt"} and metrics. Devices differ in their clips and noise alone.
-
-  `batches` holds (frames, words) of each of the stage's parts.
-  """
-
-  def total(params, batches, key):
-    losses = []
-    for i, (part, (frames, words)) in enumerate(zip(stage.parts, batches, strict=True)):
-      latents = DigitsCodec().encode(frames)
-      losses.append(loss(config, part, params, latents, words, jax.random.fold_in(key, i)))
-    metrics = losses[0][1] | ({"flow_firsts": losses[1][1]["flow"]} if stage.firsts else {})
-    value = sum(value for value, _ in losses)
-    return value, metrics | {"loss": value}
-
-  def gradient(params, step, batches):  # of a device's own clips: kernels see whole arrays, no partitioner
-    key = jax.random.fold_in(jax.random.key(config.train.seed), step)
-    key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-    (_, metrics), grads = jax.value_and_grad(total, has_aux=True)(params, batches, key)
-    return jax.lax.pmean((metrics, grads), "data")
-
-  shared, split = PartitionSpec(), PartitionSpec("data")
-  gradient = jax.shard_map(gradient, mesh=mesh, in_specs=(shared, shared, split), out_specs=shared, check_vma=False)
-  metrics, grads = gradient(state["params"], state["step"], batches)
-  updates, opt = optimizer(config).update(grads, state["opt"], state["params"])
-  params = optax.apply_updates(state["params"], updates)
-  decay = jnp.minimum(config.train.ema, (1.0 + state["step"]) / (10.0 + state["step"]))
-  ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state["ema"], params)
-  metrics["grad_norm"] = optax.tree.norm(grads)
-  return {"step": state["step"] + 1, "params": params, "ema": ema, "opt": opt}, metrics
+def task(config: Config):
+  """The module that says what a step is: its `state`, `fixed`, `source`, `inputs` and `step`."""
+  return self_forcing if config.distill.teacher else teacher_forcing
 
 
 class StopSignal:
-  """While entered, the first Ctrl-C only sets `asked`, so that no step is cut in half; a second one interrupts at once."""
+  """While entered, the first Ctrl-C or SIGTERM only sets `asked`, so that no step is cut in half; a second one acts at once."""
+
+  _SIGNALS = signal.SIGINT, signal.SIGTERM
 
   def __init__(self):
-    self.asked = False
+    self.asked = None
 
-  def _ask(self, *_):
-    self.asked = True
-    signal.signal(signal.SIGINT, self._before)
+  def _ask(self, number, _):
+    self.asked = number
+    self.__exit__()
 
   def __enter__(self):
-    self._before = signal.signal(signal.SIGINT, self._ask)
+    self._before = [signal.signal(s, self._ask) for s in self._SIGNALS]
     return self
 
   def __exit__(self, *_):
-    signal.signal(signal.SIGINT, self._before)
+    for s, before in zip(self._SIGNALS, self._before, strict=True):
+      signal.signal(s, before)
+
+  def leave(self):
+    """Ends as was asked for: SIGTERM, a machine's notice that it will be taken away, with exit code 0."""
+    raise KeyboardInterrupt if self.asked == signal.SIGINT else SystemExit(0)
 
 
 def train(config: Config, workdir: str) -> pathlib.Path:
   """Trains to the end, or from the newest checkpoint of `workdir` on; returns the exported model's folder.
 
   Raises:
-    UserError: a folder that cannot be written, an unknown data source, a loss that is not finite.
+    UserError: a folder that cannot be written, an unknown data source, gradients that stay not finite.
+    KeyboardInterrupt, SystemExit: after Ctrl-C, and with code 0 after SIGTERM, with all that was done saved.
   """
-  t = config.train
+  t, work = config.train, task(config)
+  hosts, first_host = jax.process_count(), jax.process_index() == 0
   workdir = make_folder(workdir, "--workdir")
-  mesh = data_mesh()
-  sharding, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
+  mesh = cluster.make_mesh(t.fsdp)
   for stage in t.stages:
     for part in stage.parts:
       if part.batch % jax.device_count():
         raise UserError(f"config.train.stages: batch {part.batch} does not divide over {jax.device_count()} devices")
-      clips(config, part)
-  params = init_model(config)
-  state = {
-    "step": jnp.zeros((), jnp.int32),
-    "params": params,
-    "ema": jax.tree.map(jnp.copy, params),
-    "opt": optimizer(config).init(params),
-  }
-  state = jax.device_put(state, everywhere)
+      work.source(config, part)
+  state, fixed = work.state(config), work.fixed(config)
+  where = cluster.shardings(mesh, state)
+  state, fixed = cluster.place(state, where), cluster.place(fixed, cluster.whole(mesh, fixed))
   checkpoints = Checkpoints(workdir / "checkpoints", t.keep_last, t.keep_every)
-  loader_state = None
   if checkpoints.latest() is not None:
     check_same_experiment(workdir, checkpoints.meta()["config"], json.loads(json.dumps(to_dict(config))))
-    state, meta = checkpoints.restore(state)
-    loader_state = meta["loader"]
+    state, _ = checkpoints.restore(state)
   step = int(state["step"])
-  encoder = WordEncoder(config.model.text_len, config.model.text_dim)
-  writer = MetricWriter(workdir, t.steps, step)
+  writer = MetricWriter(workdir, t.steps, step) if first_host else None
   pending, began, last_log = [], time.time(), (time.time(), step)
-  loaders, running = [], None
+  running = None
 
   def save():
-    checkpoints.save(
-      step, state["ema"], state, {"loader": [running, *(x.get_state() for x in loaders)], "config": to_dict(config)}
-    )
+    checkpoints.save(step, state["ema"], state, {"config": to_dict(config)})
 
   def flush():
-    """Reads the metrics since the last log; stops the run, before anything is saved, if a loss is not finite."""
+    """Reads the metrics since the last log; stops the run where gradients stay not finite (such steps changed nothing)."""
     nonlocal pending, last_log
     values = jax.device_get(pending)
     for i, v in enumerate(values):
-      if not np.isfinite(v["loss"]):
+      if v["skipped"] >= t.patience:
         bad = step - len(values) + i + 1
         raise UserError(
-          f"the loss is not finite at step {bad}; the last good checkpoint is step {checkpoints.latest()}"
+          f"step {bad}: {t.patience} gradients in a row are not finite; the newest checkpoint is step {checkpoints.latest()}"
         )
-    if values:
-      mean = {k: float(np.mean([v[k] for v in values])) for k in values[0]}
+    if values and writer:
+      good = [v for v in values if not v["skipped"]] or values
+      mean = {k: float(np.mean([v[k] for v in good])) for k in values[0]}
+      mean["skipped"] = sum(v["skipped"] > 0 for v in values)
       now = time.time()
       writer.write(step, mean | {"steps_per_second": (step - last_log[1]) / max(now - last_log[0], 1e-9)})
       last_log = (now, step)
     pending = []
 
+  def asked() -> bool:
+    """Whether some host was asked to stop; hosts tell each other when they log, so that all stop at one step."""
+    if hosts == 1:
+      return bool(stop.asked)
+    return step % t.log_every == 0 and bool(multihost_utils.process_allgather(np.int32(stop.asked or 0)).any())
+
   stop = StopSignal()
-  with writer, stop:
+  with writer or contextlib.nullcontext(), stop:
     try:
-      while step < t.steps and not stop.asked:
-        if running != t.stage_at(step):
-          running = t.stage_at(step)
-          stage = t.stages[running]
-          order = _DATA_SEED * t.seed + running
+      while step < t.steps and not asked():
+        index, done = t.stage_at(step)
+        if running != index:
+          running, stage = index, t.stages[index]
           loaders = [
-            make_loader(clips(config, part), part.batch, order, threads=t.threads, workers=t.workers)
+            make_loader(
+              work.source(config, part),
+              part.batch // hosts,
+              _DATA_SEED * t.seed + index,
+              start=done,
+              threads=t.threads,
+              workers=t.workers,
+              process_index=jax.process_index(),
+              process_count=hosts,
+            )
             for part in stage.parts
           ]
-          if loader_state and loader_state[0] == running:
-            for loader, saved in zip(loaders, loader_state[1:], strict=True):
-              loader.set_state(saved)
-          advance = jax.jit(functools.partial(train_step, config, stage, mesh), donate_argnums=0)
-        batches = [(b["frames"], encoder.tokens(b["caption"], "caption")) for b in map(next, loaders)]
-        state, metrics = advance(state, jax.device_put(batches, sharding))
+          places = [cluster.places(part.batch // hosts) for part in stage.parts]
+          advance = jax.jit(
+            functools.partial(work.step, config, stage, mesh), donate_argnums=0, out_shardings=(where, None)
+          )
+        batches = [(work.inputs(config, next(loader)), at) for loader, at in zip(loaders, places, strict=True)]
+        state, metrics = advance(state, fixed, cluster.share(mesh, batches))
         pending.append(metrics)
         step += 1
-        writer.advance()
+        if writer:
+          writer.advance()
         if step % t.log_every == 0 or step % t.save_every == 0 or step == t.steps:
           flush()
         if step % t.save_every == 0 or step == t.steps:
           save()
-      if stop.asked:
+      if step < t.steps:
         flush()
         if checkpoints.latest() != step:
           save()
         print(f"interrupted: saved step {step} in {workdir / 'checkpoints'}; rerun the same command to go on")
-        raise KeyboardInterrupt
+        stop.leave()
     finally:
       checkpoints.close()
-  card = run_record(
-    to_dict(config), steps=step, seed=t.seed, seconds=round(time.time() - began, 1), peak_memory=peak_memory()
-  )
-  write_json_atomic(workdir / "run.json", card)
-  export(workdir / "model", jax.device_get(state["ema"]), to_dict(config), card)
+  ema = cluster.gathered(mesh, state["ema"])
+  if first_host:
+    card = run_record(
+      to_dict(config), steps=step, seed=t.seed, seconds=round(time.time() - began, 1), peak_memory=peak_memory()
+    )
+    write_json_atomic(workdir / "run.json", card)
+    export(workdir / "model", ema, to_dict(config), card)
   return workdir / "model"

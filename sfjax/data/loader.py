@@ -1,7 +1,6 @@
-"""The loader: an endless stream of batches that depends on (seed, step) alone and can be saved at any step.
+"""The loader: an endless stream of batches that depends on (seed, step) alone and can begin at any step.
 
 Grain does the work: a seeded shuffle anew for every epoch, a slice for every host, threads that prepare batches ahead.
-The iterator's `get_state()` is a small dict of numbers, `set_state()` goes on from there bit for bit.
 """
 
 from typing import Protocol
@@ -51,9 +50,23 @@ class DigitsSource:
     return {"frames": clip.frames, "caption": clip.caption}
 
 
+class Prompts:
+  """The captions of a source's clips: {"caption": str}."""
+
+  def __init__(self, source: Source):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict:
+    return {"caption": self._source[index]["caption"]}
+
+
 def _stack(examples) -> dict:
-  """frames uint8 [B, F, h, w, 3], caption list[str]."""
-  return {"frames": np.stack([e["frames"] for e in examples]), "caption": [e["caption"] for e in examples]}
+  """Arrays on a leading axis, strings in a list."""
+  columns = {key: [e[key] for e in examples] for key in examples[0]}
+  return {key: x if isinstance(x[0], str) else np.stack(x) for key, x in columns.items()}
 
 
 def make_loader(
@@ -61,23 +74,25 @@ def make_loader(
   batch_size: int,
   seed: int,
   *,
+  start: int = 0,
   threads: int = 4,
   workers: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator:
-  """Endless batches {"frames": uint8 [B, F, h, w, 3], "caption": list of B strings}.
+  """Endless batches {"frames": uint8 [B, F, h, w, 3], "caption": list of B strings}, or of what else a source has.
 
   Args:
     source: clips; a finite one is shuffled anew in every epoch.
     batch_size: clips of a batch of this process.
     seed: order of the clips.
+    start: batches of the stream that are left out.
     threads: batches prepared at once; as many wait ready. NumPy and video decoding free the interpreter.
     workers: processes that prepare batches, each with its own threads; 0 for threads alone.
     process_index, process_count: this host takes every process_count-th clip, from process_index on.
 
   Returns:
-    An iterator with get_state() and set_state(state).
+    An iterator.
 
   Raises:
     ValueError: an argument out of range.
@@ -85,12 +100,13 @@ def make_loader(
   for name, value in (("batch_size", batch_size), ("threads", threads)):
     if value < 1:
       raise ValueError(f"{name}: {value} is not accepted; at least 1")
-  if workers < 0:
-    raise ValueError(f"workers: {workers} is not accepted; 0 or more")
+  for name, value in (("workers", workers), ("start", start)):
+    if value < 0:
+      raise ValueError(f"{name}: {value} is not accepted; 0 or more")
   if not 0 <= process_index < process_count:
     raise ValueError(f"process_index: {process_index} is not accepted; 0..{process_count - 1}")
   clips = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-  batches = clips[process_index::process_count].batch(batch_size, batch_fn=_stack)
+  batches = clips[process_index::process_count].batch(batch_size, batch_fn=_stack)[start:]
   dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
   if workers:
     if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags; their defaults will do

@@ -55,22 +55,25 @@ def _join(plan: Plan, parts: list):
   return jax.tree.map(lambda *x: np.concatenate(x)[: plan.videos], *parts)
 
 
-def prompt_chunks(seconds: list[float]) -> int:
-  """Chunks an arm makes for every batch of the prompt task."""
-  return chunk_of_frame(round(max(seconds) * FPS) - 1) + 1
+def prompt_chunks(arm: Arm, seconds: list[float]) -> int:
+  """Chunks an arm makes for every batch of the prompt task; a bidirectional model's chunk is a whole clip."""
+  time = arm.sampler.parts.codec.time
+  frames = round(max(seconds) * FPS) + time - 1  # the first latent is one frame
+  return -(-frames // (time * arm.config.model.chunk_frames))
 
 
 def prompt_task(plan: Plan, arms: list[Arm], classifier: dict, seconds: list[float]) -> Scores:
   """Videos from prompts, judged at several horizons; one rollout serves all of them."""
   asked = clips.prompts(plan.seed, plan.videos)
-  chunks, longest = prompt_chunks(seconds), f"{max(seconds):g} s"
+  chunks, longest = chunk_of_frame(round(max(seconds) * FPS) - 1) + 1, f"{max(seconds):g} s"
   seen: dict[str, View] = {REAL: _real_prompts(plan, asked, classifier, chunks)}
   plan.show(longest, REAL, seen[REAL].pixels)
   for arm in arms:
     parts = []
     for rows in plan.batches():
       memory = arm.start([asked.captions[i] for i in rows], plan.seed)
-      _, view = roll(arm, classifier, memory, plan.key, rows, asked.colours[rows], chunks, plan.advance)
+      mine = prompt_chunks(arm, seconds)
+      _, view = roll(arm, classifier, memory, plan.key, rows, asked.colours[rows], mine, plan.advance)
       if not parts:
         plan.show(longest, arm.name, view.pixels)
       parts.append((view.reading, view.edges))

@@ -10,7 +10,7 @@ import pytest
 
 import sample
 import train
-from sfjax import checkpoint, rollout, training, video
+from sfjax import checkpoint, rollout, teacher_forcing, video
 from sfjax.config import Config, load_config, to_dataclass, to_dict
 from tests.rollout.conftest import cheap_compilation  # noqa: F401, a fixture
 
@@ -28,7 +28,9 @@ def model_folder(config, tmp_path_factory):
     p + 0.1 * rng.normal(size=p.shape).astype(p.dtype)
   )  # a fresh head is zero: every video would be grey
   folder = tmp_path_factory.mktemp("models") / "tiny"
-  checkpoint.export(folder, jax.tree.map(noise, training.init_model(config)), to_dict(config), {"made": "by a test"})
+  checkpoint.export(
+    folder, jax.tree.map(noise, teacher_forcing.init_model(config)), to_dict(config), {"made": "by a test"}
+  )
   return folder
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sfjax import checkpoint, evaluate, training
+from sfjax import checkpoint, evaluate, teacher_forcing
 from sfjax.config import Config, load_config, to_dataclass, to_dict
 
 
@@ -12,7 +12,7 @@ from sfjax.config import Config, load_config, to_dataclass, to_dict
 def model(tmp_path_factory):
   folder = tmp_path_factory.mktemp("models") / "tiny"
   config = to_dataclass(Config, load_config("configs/digits.py:tiny"))
-  checkpoint.export(folder, training.init_model(config), to_dict(config), {})
+  checkpoint.export(folder, teacher_forcing.init_model(config), to_dict(config), {})
   return folder
 
 

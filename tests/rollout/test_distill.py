@@ -21,6 +21,10 @@ MEMORY = MemoryConfig(window=1, persistent=3, top_k=0.5, rope_cap=4)  # what a c
 FEW = SamplerConfig("few_step", steps=3, shift=5.0)
 
 
+def keys(seed, n=SHAPE[0]):
+  return jax.random.split(jax.random.key(seed), n)
+
+
 def gaussian(mean):
   """The best denoiser of clips drawn from N(mean, SPREAD^2): x0 + noise is Gaussian, so its mean is linear."""
 
@@ -34,7 +38,7 @@ def gaussian(mean):
 
 def test_levels_and_noise():
   x = jax.random.normal(jax.random.key(0), SHAPE)
-  noisy, sigma, noise = distill.noised(jax.random.key(1), x, 5.0)
+  noisy, sigma, noise = distill.noised(keys(1), x, 5.0)
   assert (sigma == sigma[:, :1]).all() and sigma.min() >= 0.02 and sigma.max() <= 0.98
   np.testing.assert_allclose(
     noisy, (1 - sigma[..., None, None, None]) * x + sigma[..., None, None, None] * noise, atol=1e-6
@@ -51,11 +55,11 @@ def test_the_direction_is_that_between_the_two_distributions():
 
   def loss(theta):
     x = theta + SPREAD * z
-    return distill.generator_loss(jax.random.key(3), x, gaussian(mean), gaussian(jax.lax.stop_gradient(theta)))[0]
+    return distill.generator_loss(keys(3), x, gaussian(mean), gaussian(jax.lax.stop_gradient(theta)))[0]
 
   got = jax.grad(loss)(jnp.full(3, theta))
   x = theta + SPREAD * z
-  noisy, sigma, _ = distill.noised(jax.random.key(3), x, 5.0)
+  noisy, sigma, _ = distill.noised(keys(3), x, 5.0)
   s = np.asarray(sigma)[..., None, None, None]
   keep = (1 - s) * SPREAD**2 / ((1 - s) ** 2 * SPREAD**2 + s**2)
   scale = np.abs(x - gaussian(mean)(noisy, sigma)).mean((1, 2, 3, 4), keepdims=True)
@@ -73,7 +77,7 @@ def test_descent_ends_at_the_real_distribution():
     noise, draw = jax.random.split(key)
     z = jax.random.normal(draw, (64, *SHAPE[1:]))
     loss = lambda theta: distill.generator_loss(
-      noise, theta + SPREAD * z, gaussian(mean), gaussian(jax.lax.stop_gradient(theta))
+      jax.random.split(noise, 64), theta + SPREAD * z, gaussian(mean), gaussian(jax.lax.stop_gradient(theta))
     )[0]
     return theta - 3.0 * jax.grad(loss)(theta)
 
@@ -86,7 +90,7 @@ def test_descent_ends_at_the_real_distribution():
 def test_a_clip_without_a_finite_direction_is_left_alone():
   x = jax.random.normal(jax.random.key(4), (3, 2, 1, 2, 3))
   broken = lambda y, s: gaussian(0.3)(y, s).at[1].set(jnp.nan)
-  f = lambda x: distill.generator_loss(jax.random.key(5), x, broken, gaussian(0.0))
+  f = lambda x: distill.generator_loss(keys(5, 3), x, broken, gaussian(0.0))
   (loss, metrics), grad = jax.value_and_grad(f, has_aux=True)(x)
   assert np.isfinite(loss) and metrics["not_finite"] == 1
   assert not grad[1].any() and grad[0].any() and np.isfinite(grad).all()
@@ -102,11 +106,11 @@ def test_the_critic_is_best_where_it_denoises_best(prediction):
       x0 = gaussian(mean)(y, s)
       return x0 if prediction == "x0" else (y - x0) / s[..., None, None, None]
 
-    return distill.critic_loss(jax.random.key(7), x, model, output)
+    return distill.critic_loss(keys(7), x, model, output)
 
   best, below, above = (float(loss(m)) for m in (0.4, 0.3, 0.5))
   assert best < below and best < above
-  assert not np.any(jax.grad(lambda x: distill.critic_loss(jax.random.key(7), x, model, gaussian(0.4)))(x))
+  assert not np.any(jax.grad(lambda x: distill.critic_loss(keys(7), x, model, gaussian(0.4)))(x))
 
 
 def test_a_bidirectional_model_denoises_the_whole_clip():
@@ -142,7 +146,7 @@ def play(params, text, exit_step, cache_gradient="straight_through", chunks=3, m
 
 def test_the_last_exit_is_the_rollout(student):
   params, text = student
-  x, memory = jax.jit(lambda: play(params, text, FEW.steps - 1))()
+  x, memory, looks = jax.jit(lambda: play(params, text, FEW.steps - 1))()
   want, after = jax.jit(
     lambda: rollout.rollout(
       STUDENT, MEMORY, FEW, params, rollout.start(STUDENT, MEMORY, params, text), jax.random.key(11), jnp.arange(1), 3
@@ -151,6 +155,8 @@ def test_the_last_exit_is_the_rollout(student):
   np.testing.assert_allclose(x, want, atol=1e-5 * float(jnp.abs(want).max()))
   np.testing.assert_array_equal(memory.origin, after.origin)
   np.testing.assert_allclose(memory.k, after.k, atol=1e-4)
+  nb = STUDENT.layout.blocks
+  np.testing.assert_array_equal(looks.keys[:, :, -1], memory.pooled[:, :, -nb:])  # a window of one chunk
   early = jax.jit(lambda: play(params, text, 0))()[0]
   assert np.abs(early - x).max() > 1e-2
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfjax import training
+from sfjax import teacher_forcing, training
 from sfjax.config import Config, DataConfig, Stage, TrainConfig, load_config, to_dataclass, to_dict
 from sfjax.errors import UserError
 from sfjax.metrics import MetricWriter
 from sfjax.model import ModelConfig
+from sfjax.optimizer import learning_rate, optimizer
 
 STEPS = 4
 
@@ -26,9 +27,7 @@ def config():
 
 
 def final_state(config, workdir):
-  like = {"step": jnp.zeros((), jnp.int32), "params": training.init_model(config)}
-  like["ema"] = jax.tree.map(jnp.copy, like["params"])
-  like["opt"] = training.optimizer(config).init(like["params"])
+  like = training.task(config).state(config)
   with training.Checkpoints(workdir / "checkpoints", 2, 0) as checkpoints:
     return checkpoints.restore(like)
 
@@ -59,28 +58,42 @@ def test_ctrl_c_saves_and_the_resumed_run_equals_the_unbroken_one(config, unbrok
   state, meta = final_state(config, tmp_path)
   assert int(state["step"]) == STEPS
   jax.tree.map(np.testing.assert_array_equal, state, unbroken[0])
-  assert meta["loader"] == unbroken[1]["loader"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
-  step = training.train_step
+def test_sigterm_ends_with_exit_code_0_and_a_second_one_at_once():
+  before = signal.getsignal(signal.SIGTERM)
+  with training.StopSignal() as stop:
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.asked == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(SystemExit) as done:
+      stop.leave()
+  assert done.value.code == 0 and signal.getsignal(signal.SIGTERM) is before
 
-  def spoiled(config, stage, mesh, state, batches):
-    new, metrics = step(config, stage, mesh, state, batches)
-    return new, metrics | {"loss": jnp.where(state["step"] == 2, jnp.nan, metrics["loss"])}
 
-  monkeypatch.setattr(training, "train_step", spoiled)
-  config = dataclasses.replace(config, train=dataclasses.replace(config.train, save_every=2))
-  with pytest.raises(UserError, match=r"not finite at step 3; the last good checkpoint is step 2"):
+def test_gradients_that_stay_not_finite_stop_the_run_with_its_weights_as_they_were(config, tmp_path, monkeypatch):
+  loss = teacher_forcing.loss
+
+  def spoiled(config, stage, params, *given):
+    value, metrics = loss(config, stage, params, *given)
+    moved = jnp.any(params["dit"]["head"]["bias"] != 0)  # from the third step on: the first one's rate is 0
+    return jnp.where(moved, jnp.nan, 1) * value, metrics
+
+  monkeypatch.setattr(teacher_forcing, "loss", spoiled)
+  stages = (dataclasses.replace(config.train.stages[0], until=1.0),)
+  train = dataclasses.replace(config.train, save_every=2, patience=2, warmup=1, stages=stages)
+  config = dataclasses.replace(config, train=train)
+  with pytest.raises(UserError, match=r"step 4: 2 gradients in a row are not finite; the newest checkpoint is step 2"):
     training.train(config, tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [line["skipped"] for line in lines] == [0, 0, 1]
   state, _ = final_state(config, tmp_path)
-  assert int(state["step"]) == 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
+  assert int(state["step"]) == 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 def test_only_matrices_decay_and_the_rate_warms_up_and_falls(config):
   heavy = dataclasses.replace(config, train=dataclasses.replace(config.train, weight_decay=1.0, lr=0.1, warmup=1))
-  params = training.init_model(config)
-  tx = training.optimizer(heavy)
+  params = teacher_forcing.init_model(config)
+  tx = optimizer(heavy.train)
   state = tx.init(params)
   zero = jax.tree.map(jnp.zeros_like, params)
   for _ in range(2):  # the first step of the warm-up has rate 0
@@ -91,7 +104,7 @@ def test_only_matrices_decay_and_the_rate_warms_up_and_falls(config):
   for matrix, changed in jax.tree.leaves(moved, is_leaf=lambda x: isinstance(x, tuple)):
     assert matrix or not changed
   assert updates["dit"]["head"]["kernel"].shape and np.any(updates["dit"]["patch_embedding"]["kernel"])
-  rate = training.learning_rate(TrainConfig(100, config.train.stages, lr=1.0, warmup=10, decay=0.2))
+  rate = learning_rate(TrainConfig(100, config.train.stages, lr=1.0, warmup=10, decay=0.2))
   np.testing.assert_allclose([rate(i) for i in (0, 5, 10, 80, 90, 100)], [0, 0.5, 1, 1, 0.525, 0.05], rtol=1e-6)
 
 

@@ -7,13 +7,14 @@ import re
 import shutil
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import sample
-from sfjax import convert, sample_command, wan, wan_keys, wan_vae_keys
+from sfjax import convert, ledger, sample_command, wan, wan_keys, wan_vae_keys
 from sfjax.model import ModelConfig
 from sfjax.sampling import Sampler
 from sfjax.tiny_vae import TinyVAE, from_official
@@ -62,6 +63,33 @@ def test_the_command_makes_a_video(folder, tmp_path):
   record = json.loads((tmp_path / "run.json").read_text())
   assert record["videos"][0]["frames"] == 21 and (tmp_path / "00.mp4").stat().st_size > 0
   assert record["kv_bytes"]["predicted"]["kv"] == record["kv_bytes"]["measured"]
+  assert_told(record["device_bytes"])
+
+
+def assert_told(told: dict, tiny: bool = False):
+  """Predicted and measured bytes agree in every part that both know."""
+  predicted, measured = told["predicted"], told["measured"]
+  same = [name for name in measured if name != "total"]
+  assert {name: predicted[name] for name in same} == {name: measured[name] for name in same}
+  assert predicted["total"] == measured["total"] + predicted["in_flight"]
+  assert {"dit", "vae", "persistent", "window", "codec_state"} <= {name for name in same if measured[name]}
+  assert ("tiny_decoder" in same) == tiny and "text" not in same
+  assert all(n > 0 for n in told["workspace"].values()) and len(told["workspace"]) == 2
+
+
+@pytest.mark.parametrize("attention", ["sparse", "window", "dense"])
+def test_predicted_bytes_are_the_arrays(folder, attention, capsys):
+  sampler = Sampler(folder, attention)
+  predicted = ledger.predict(sampler.config, sampler.parts.around)
+  held = (sampler.parts.dit, sampler.parts.others, sampler.start(["a cat"], 3), sampler.parts.start(1))
+  assert predicted["total"] - predicted["in_flight"] == sum(np.asarray(x).nbytes for x in jax.tree.leaves(held))
+  latents, pixels = 3 * 8 * 12 * 16 * 4, 12 * 64 * 96 * 3
+  assert predicted["in_flight"] == 2 * (2 * latents + pixels)
+  ledger.main(["--checkpoint", str(folder), "--attention", attention, "--config.model.dtype=float32"])
+  sampling, embedding = capsys.readouterr().out.split("new prompts")
+  assert f"| {predicted['total']:,} |" in sampling and "text encoder" not in sampling
+  text = sum(np.asarray(x).nbytes for x in jax.tree.leaves(wan.load_text(folder, sampler.parts.around.text)))
+  assert f"| {text:,} |" in embedding
 
 
 def spied(sampler: Sampler, spy) -> Sampler:
@@ -184,7 +212,9 @@ def test_pixels_of_the_tiny_decoder(folder, tiny_decoder, tmp_path):
   assert apart.max() <= 1 and apart.mean() < 1e-3 and np.ptp(frames) > 50
   flags = ["--checkpoint", str(folder), "--prompt", "a cat", "--seconds", "1", "--seed", "3", "--out", str(tmp_path)]
   sample.main([*flags, "--tiny_decoder", str(path)])
-  assert json.loads((tmp_path / "run.json").read_text())["videos"][0]["frames"] == 16
+  record = json.loads((tmp_path / "run.json").read_text())
+  assert record["videos"][0]["frames"] == 16
+  assert_told(record["device_bytes"], tiny=True)
 
 
 def test_a_wrong_tiny_decoder_is_refused_in_one_line(folder, tiny_decoder, tmp_path, capsys):

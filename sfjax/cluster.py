@@ -1,0 +1,88 @@
+"""Devices of one or several hosts: joining them, one mesh over all, and where arrays lie on it.
+
+A batch is split over all devices. The training state is split over the axis "fsdp" and repeated along "data": a step gathers
+weights before it uses them, and every device updates its own part of them and of the optimiser's state.
+"""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sfjax.errors import UserError
+
+AXES = ("data", "fsdp")
+BATCH = PartitionSpec(AXES)
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+  """Joins the hosts of a run, before any device is used: as told, or as SLURM's environment tells; else does nothing.
+
+  Args:
+    coordinator: host:port of process 0, the same everywhere. processes: how many. process: which one this is.
+
+  Raises:
+    UserError: some are given and others not, or out of range.
+  """
+  given = coordinator, processes, process
+  if all(x is None for x in given):
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+      jax.distributed.initialize()
+    return
+  if any(x is None for x in given) or not 0 <= process < processes:
+    told = f"--coordinator {coordinator} --processes {processes} --process {process}"
+    raise UserError(f"{told}; want all three or none, and a process of 0 .. processes - 1")
+  jax.distributed.initialize(coordinator, processes, process)
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+  """All devices of all hosts, `fsdp` of them along the axis of that name.
+
+  Raises:
+    UserError: they do not divide.
+  """
+  if fsdp < 1 or jax.device_count() % fsdp:
+    raise UserError(f"config.train.fsdp: {fsdp} does not divide {jax.device_count()} devices")
+  return jax.make_mesh((jax.device_count() // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def shardings(mesh: Mesh, tree):
+  """Where the training state lies: an array is split along its longest axis that "fsdp" divides, vectors not at all."""
+  parts = mesh.shape["fsdp"]
+
+  def of(x):
+    spec = [None] * x.ndim
+    fit = [i for i in range(x.ndim) if x.ndim > 1 and x.shape[i] % parts == 0]
+    if fit and parts > 1:
+      spec[max(fit, key=lambda i: x.shape[i])] = "fsdp"
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+  return jax.tree.map(of, tree)
+
+
+def whole(mesh: Mesh, tree):
+  """The same shardings, but every device has all of each array."""
+  return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
+
+
+def place(tree, where):
+  """Host values, the same on all hosts, as global arrays."""
+  return jax.jit(lambda x: x, out_shardings=where)(jax.device_get(tree))
+
+
+def gathered(mesh: Mesh, tree):
+  """Global arrays as host values, on every host."""
+  return jax.device_get(jax.jit(lambda x: x, out_shardings=whole(mesh, tree))(tree))
+
+
+def share(mesh: Mesh, batch):
+  """This host's rows of a batch as part of global arrays."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), np.asarray(x)), batch
+  )
+
+
+def places(rows: int) -> np.ndarray:
+  """Places of this host's rows in the whole batch: a loader deals them out in turn."""
+  return (jax.process_index() + jax.process_count() * np.arange(rows)).astype(np.int32)

@@ -1,0 +1,198 @@
+"""What sampling holds on the device, in bytes, from shapes alone: python -m sfjax.ledger --config FILE | --checkpoint DIR.
+
+`predict` and `measure` give the same rows: the one makes no array, so that a laptop answers for the 14B model in seconds, the
+other adds up the arrays of a run. run.json and `benchmarks.realtime` set them side by side. Not counted, as no shape tells it:
+what XLA's compiled programs need meanwhile (`Stream.workspace` says it after a run), and what a library keeps for itself.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sfjax import checkpoint, rollout
+from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_config_dict, to_dataclass
+from sfjax.data.digits import chunk_of_frame
+from sfjax.errors import Parser, UserError, command
+from sfjax.memory import KVMemory, init_memory
+from sfjax.model import ModelConfig
+from sfjax.parts import Around, Parts, around
+from sfjax.routing import MemoryConfig
+from sfjax.sampling import ATTENTION, attention_preset
+from sfjax.text import WordEncoder
+from sfjax.tiny_vae import TinyVAE
+from sfjax.umt5 import abstract_umt5
+from sfjax.wan_vae import WanVAE
+
+ROWS = {
+  "dit": "DiT",
+  "vae": "VAE, encoder and decoder",
+  "tiny_decoder": "tiny decoder",
+  "text": "text encoder",
+  "persistent": "K/V slots of P",
+  "window": "K/V slots of the window",
+  "pooled": "pooled keys",
+  "bookkeeping": "scores, origins, counters",
+  "cross": "cross-attention K/V",
+  "codec_state": "the decoder's state",
+  "in_flight": "latents and pixels of two chunks",
+}
+
+
+def tree_bytes(tree) -> int:
+  """Of all arrays of a pytree, or of their shapes."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def total(rows: dict[str, int]) -> dict[str, int]:
+  """The rows and, as "total", their sum."""
+  return rows | {"total": sum(rows.values())}
+
+
+def memory_rows(cfg: MemoryConfig, m: KVMemory) -> dict[str, int]:
+  """A memory, or its shapes, by part."""
+  slots, blocks = tree_bytes((m.k, m.v)), m.pooled.shape[2]
+  persistent = slots // blocks * cfg.persistent
+  return {
+    "persistent": persistent,
+    "window": slots - persistent,
+    "pooled": tree_bytes(m.pooled),
+    "bookkeeping": tree_bytes((m.score, m.origin, m.chunk, m.rng)),
+    "cross": tree_bytes((m.cross_k, m.cross_v)),
+  }
+
+
+def abstract_memory(config: Config, batch: int) -> KVMemory:
+  """Shapes of the memory of so many videos; guidance doubles their rows."""
+  model, rows = config.model, batch * (1 if config.sampler.guidance == 1 else 2)
+  shape = (model.layers, rows, model.text_len, model.heads, model.head_dim)
+  cross = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
+  return jax.eval_shape(lambda k, v: init_memory(model, config.memory, (k, v)), cross, cross)
+
+
+@functools.cache
+def abstract_weights(model: ModelConfig, sizes: Around) -> dict[str, Any]:
+  """Shapes of the weights by part, all that there are."""
+  found = {"dit": rollout.abstract_params(model)}
+  if sizes.vae:
+    found["vae"] = jax.eval_shape(lambda: WanVAE(sizes.vae).init())
+  if sizes.tiny_decoder:
+    found["tiny_decoder"] = jax.eval_shape(lambda: TinyVAE(sizes.tiny_decoder).init())
+  if isinstance(sizes.text, WordEncoder):
+    found["text"] = jax.eval_shape(lambda: sizes.text.init(0))
+  elif sizes.text:
+    found["text"] = abstract_umt5(sizes.text)
+  return found
+
+
+def in_flight(config: Config, codec, batch: int) -> int:
+  """While the caller has one chunk, the device makes the next: of each the latents given, those made, and the pixels."""
+  frames, (h, w) = config.model.chunk_frames, config.model.latent_size
+  latents = frames * h * w * config.model.latent_channels * 4
+  pixels = frames * codec.time * h * w * codec.space**2 * 3
+  return 2 * batch * (2 * latents + pixels)
+
+
+def predict(config: Config, sizes: Around, batch: int = 1) -> dict[str, int]:
+  """What is held while videos are made, by the names of `ROWS`, and "total".
+
+  Args:
+    config, sizes: as `around` or a loaded folder's `Parts` have them. batch: videos made together.
+  """
+  stays = lambda name: name != "text" or isinstance(sizes.text, WordEncoder)  # else it is gone before sampling begins
+  weights = {name: x for name, x in abstract_weights(config.model, sizes).items() if stays(name)}
+  state = ()
+  if sizes.vae:
+    state = jax.eval_shape(lambda: sizes.codec.init_decoder_state(batch, *config.model.latent_size))
+  return total(
+    {name: tree_bytes(x) for name, x in weights.items()}
+    | memory_rows(config.memory, abstract_memory(config, batch))
+    | {"codec_state": tree_bytes(state), "in_flight": in_flight(config, sizes.codec, batch)}
+  )
+
+
+def predict_embedding(config: Config, sizes: Around) -> dict[str, int]:
+  """What is held, without activations, while new prompts are embedded, before sampling begins; and "total"."""
+  return total({name: tree_bytes(x) for name, x in abstract_weights(config.model, sizes).items()})
+
+
+def measure(parts: Parts, cfg: MemoryConfig, memory: KVMemory, decoded) -> dict[str, int]:
+  """The arrays of a run by the same names, and "total"; chunks in flight are not among them.
+
+  Args:
+    memory, decoded: what a `Stream` holds after its last frame.
+  """
+  weights = {"dit": parts.dit} | parts.others
+  rows = {name: tree_bytes(x) for name, x in weights.items()} | memory_rows(cfg, memory)
+  return total(rows | {"codec_state": tree_bytes(decoded)})
+
+
+def chunks_of(config: Config, seconds: float) -> int:
+  """Chunks of a video."""
+  return chunk_of_frame(max(1, round(seconds * config.data.fps)) - 1) + 1
+
+
+def memory_for(config: Config, attention: str, chunks: int) -> MemoryConfig:
+  """A preset of `attention_preset`, or "full": a dense memory of a whole video of so many chunks."""
+  return config.memory.of_window(chunks) if attention == "full" else attention_preset(config, attention)
+
+
+def table(rows: dict[str, int]) -> str:
+  """Rows as a markdown table, those without a byte left out."""
+  cells = [(ROWS.get(name, f"**{name}**"), n) for name, n in rows.items() if n]
+  return "\n".join(["| | GB | bytes |", "|---|---|---|", *(f"| {what} | {n / 1e9:.3f} | {n:,} |" for what, n in cells)])
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+  """Flags, checked as far as they can be without a config, and the config's overrides."""
+  rest, overrides = split_overrides(argv)
+  p = Parser(
+    prog="python -m sfjax.ledger",
+    description="Predicts what sampling holds on the device, in the dtypes of the config; --config.KEY=VALUE changes it.",
+  )
+  of = p.add_mutually_exclusive_group(required=True)
+  of.add_argument("--config", metavar="FILE[:VARIANT]")
+  of.add_argument("--checkpoint", metavar="DIR", help="a model folder or a training run")
+  p.add_argument("--attention", default="sparse", choices=(*ATTENTION, "full"), help="full: dense, of the whole video")
+  p.add_argument("--seconds", type=float, help="of video, for --attention full")
+  p.add_argument("--batch", type=int, default=1, help="videos made together")
+  a = p.parse_args(rest)
+  if (a.seconds is None) == (a.attention == "full"):
+    raise UserError("--seconds: wanted with --attention full, and only there")
+  if a.seconds is not None and not 0 < a.seconds <= 24 * 3600:
+    raise UserError(f"--seconds: {a.seconds:g}; want more than 0 and at most {24 * 3600}")
+  if a.batch < 1:
+    raise UserError(f"--batch: {a.batch}; want 1 or more")
+  return a, overrides
+
+
+@command
+def main(argv: list[str]) -> None:
+  """Prints the predicted bytes."""
+  a, overrides = parse(argv)
+  folder = pathlib.Path(a.checkpoint) if a.checkpoint else None
+  if folder:
+    loaded = to_config_dict(to_dataclass(Config, checkpoint.load_config(folder), "--checkpoint: config"))
+  else:
+    loaded = load_config(a.config)
+  config, sizes = around(to_dataclass(Config, apply_overrides(loaded, overrides)), folder)
+  chunks = chunks_of(config, a.seconds or 0)
+  config = dataclasses.replace(config, memory=memory_for(config, a.attention, chunks))
+  memory = f"a window of {config.memory.window} chunks, {config.memory.persistent} persistent blocks"
+  print(f"{a.checkpoint or a.config}: {memory}, {config.model.dtype}\n\nwhile {a.batch} video(s) are made:\n")
+  print(table(predict(config, sizes, a.batch)))
+  if sizes.text and not isinstance(sizes.text, WordEncoder):
+    print("\nbefore, while new prompts are embedded:\n")
+    print(table(predict_embedding(config, sizes)))
+  print(
+    "\nnot counted: the workspace of XLA's programs, which a run tells (run.json), and activations of the text encoder"
+  )
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

@@ -1,0 +1,72 @@
+"""Optimisers: AdamW or Muon under one schedule, clipped, with decay for matrices alone; and the running average of weights.
+
+A gradient that is not finite moves nothing; how many came in a row is counted.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int32
+
+from sfjax.config import TrainConfig
+
+
+def learning_rate(t: TrainConfig) -> optax.Schedule:
+  """Linear warm-up, constant, linear decay to a twentieth."""
+  warmup = min(t.warmup, t.steps - 1)
+  decay = max(1, min(round(t.decay * t.steps), t.steps - warmup))
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, t.lr, warmup),
+      optax.constant_schedule(t.lr),
+      optax.linear_schedule(t.lr, 0.05 * t.lr, decay),
+    ],
+    [warmup, t.steps - decay],
+  )
+
+
+def _is_matrix(path, x) -> bool:
+  """Whether a parameter is a Linear's matrix (or a stack of them); biases, gains and embeddings are not."""
+  return getattr(path[-1], "key", None) == "kernel"
+
+
+def optimizer(t: TrainConfig) -> optax.GradientTransformation:
+  """AdamW or Muon with the schedule of `learning_rate` and clipping; matrices alone decay."""
+  (b1, b2), rate = t.betas, learning_rate(t)
+  matrices = lambda p: jax.tree_util.tree_map_with_path(_is_matrix, p)
+  if t.optimizer == "adamw":
+    tx = optax.adamw(rate, b1=b1, b2=b2, weight_decay=t.weight_decay, mask=matrices)
+  else:
+
+    def orthogonal(p):  # the blocks' matrices, stacked over layers
+      axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+      return jax.tree_util.tree_map_with_path(lambda path, x: axes if _is_matrix(path, x) and x.ndim == 3 else None, p)
+
+    tx = optax.contrib.muon(
+      rate,
+      weight_decay=t.weight_decay,
+      weight_decay_mask=matrices,
+      adam_b1=b1,
+      adam_b2=b2,
+      adam_weight_decay=t.weight_decay,
+      muon_weight_dimension_numbers=orthogonal,
+      consistent_rms=0.2,  # updates as large as Adam's, so that one learning rate serves both
+    )
+  tx = optax.chain(optax.clip_by_global_norm(t.clip), tx)
+  return only_finite(tx if t.accumulate == 1 else optax.MultiSteps(tx, t.accumulate).gradient_transformation())
+
+
+def only_finite(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The same, but a gradient with a number that is not finite changes neither parameters nor the optimiser's state."""
+  return optax.apply_if_finite(tx, 2**31 - 1)  # never gives up by itself: the loop does
+
+
+def skipped(opt) -> Int32[Array, ""]:
+  """How many gradients in a row, up to now, an optimiser's state has seen that were not finite."""
+  return opt.notfinite_count
+
+
+def averaged(decay: float, step: Int32[Array, ""], ema, params):
+  """The running average after one more step; the first steps weigh more."""
+  decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)

@@ -1,0 +1,109 @@
+"""Training on clips, as a task of the training loop: its state, its clips, and one step over the devices of a mesh.
+
+A bidirectional model trains by the same step: its one chunk is the clip.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from sfjax import rollout
+from sfjax.checkpoint import load_params
+from sfjax.cluster import AXES, BATCH
+from sfjax.codec import DigitsCodec
+from sfjax.config import Config, Stage
+from sfjax.data.digits import SIZE, DigitsConfig, frames_of_chunks
+from sfjax.data.loader import DigitsSource, Source
+from sfjax.data.video_folder import VideoFolder
+from sfjax.errors import UserError
+from sfjax.objective import loss
+from sfjax.optimizer import averaged, optimizer, skipped
+from sfjax.text import WordEncoder
+
+
+def abstract_model(config: Config) -> dict:
+  """Shapes of all trained parameters."""
+  text = jax.eval_shape(lambda: WordEncoder(config.model.text_len, config.model.text_dim).init(0))
+  return {"dit": rollout.abstract_params(config.model), "text": text}
+
+
+def init_model(config: Config) -> dict:
+  """Fresh parameters, or those of the folder `train.init`."""
+  if config.train.init:
+    return load_params(config.train.init, abstract_model(config), "config.train.init")
+  seed = config.train.seed
+  encoder = WordEncoder(config.model.text_len, config.model.text_dim)
+  return {"dit": rollout.init_params(config.model, seed), "text": encoder.init(seed)}
+
+
+def source(config: Config, stage: Stage) -> Source:
+  """The stage's clips."""
+  data, frames = config.data, frames_of_chunks(stage.chunks)
+  size = tuple(n * DigitsCodec().space for n in config.model.latent_size)
+  if data.source == "folder":
+    if not data.path:
+      raise UserError("config.data.path: ''; want the folder of the videos")
+    return VideoFolder(data.path, size, data.fps, frames)
+  if data.source != "digits":
+    raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder")
+  if size != (SIZE, SIZE):
+    want = SIZE // DigitsCodec().space
+    raise UserError(f"config.model.latent_size: {config.model.latent_size}; digits want ({want}, {want})")
+  mix = (1 - data.colour_only - data.none, data.colour_only, data.none)
+  prompt = DigitsConfig(chunks=stage.chunks, caption_mix=mix)
+  memory = None
+  if stage.p_memory:
+    memory = DigitsConfig(variant="memory", chunks=stage.chunks, hide_chunks=((1.0, *stage.hide),))
+  return DigitsSource(prompt, memory, stage.p_memory, config.train.seed)
+
+
+def inputs(config: Config, batch: dict):
+  """A batch of the loader as arrays."""
+  return batch["frames"], WordEncoder(config.model.text_len, config.model.text_dim).tokens(batch["caption"], "caption")
+
+
+def fixed(config: Config):
+  """What a step needs beside state and batches: nothing."""
+  return ()
+
+
+def state(config: Config) -> dict:
+  """{"step", "params", "ema", "opt"} before the first step."""
+  params = init_model(config)
+  return {
+    "step": jnp.zeros((), jnp.int32),
+    "params": params,
+    "ema": jax.tree.map(jnp.copy, params),
+    "opt": optimizer(config.train).init(params),
+  }
+
+
+def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed, batches: list) -> tuple[dict, dict]:
+  """One step: the state after it, and metrics. Devices differ in their clips alone.
+
+  `batches` holds (frames, words) of each of the stage's parts, and the clips' places in the whole batch.
+  """
+
+  def total(params, batches, key):
+    losses = []
+    for i, (part, ((frames, words), index)) in enumerate(zip(stage.parts, batches, strict=True)):
+      latents = DigitsCodec().encode(frames)
+      losses.append(loss(config, part, params, latents, words, jax.random.fold_in(key, i), index))
+    metrics = losses[0][1] | ({"flow_firsts": losses[1][1]["flow"]} if stage.firsts else {})
+    value = sum(value for value, _ in losses)
+    return value, metrics | {"loss": value}
+
+  def gradient(params, step, batches):  # of a device's own clips: kernels see whole arrays, no partitioner
+    key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+    (_, metrics), grads = jax.value_and_grad(total, has_aux=True)(params, batches, key)
+    return jax.lax.pmean((metrics, grads), AXES)
+
+  shared, split = PartitionSpec(), BATCH
+  gradient = jax.shard_map(gradient, mesh=mesh, in_specs=(shared, shared, split), out_specs=shared, check_vma=False)
+  metrics, grads = gradient(state["params"], state["step"], batches)
+  updates, opt = optimizer(config.train).update(grads, state["opt"], state["params"])
+  params = optax.apply_updates(state["params"], updates)
+  ema = averaged(config.train.ema, state["step"], state["ema"], params)
+  metrics |= {"grad_norm": optax.tree.norm(grads), "skipped": skipped(opt)}
+  return {"step": state["step"] + 1, "params": params, "ema": ema, "opt": opt}, metrics

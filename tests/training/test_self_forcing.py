@@ -1,0 +1,149 @@
+"""A step of self-forcing: who moves, by what, and on which part of a rollout; and teachers that do not fit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sfjax import checkpoint, cluster, rollout, self_forcing, teacher_forcing
+from sfjax.config import Config, DataConfig, DistillConfig, Stage, TrainConfig, to_dict
+from sfjax.errors import UserError
+from sfjax.flow import SamplerConfig
+from sfjax.routing import MemoryConfig
+from tests.memory.test_equality import random_params, tiny
+from tests.rollout.conftest import cheap_compilation  # noqa: F401, a fixture
+
+B, JUDGED, SILENT = 2, 3, 2
+MODEL = tiny(latent_size=(4, 6), tile=(1, 2, 3), layers=2, prediction="x0", text_len=16)
+STAGE = Stage(1.0, chunks=JUDGED + SILENT, batch=B)
+
+
+def make(folder, **distill):
+  memory = MemoryConfig(window=1, persistent=3, top_k=0.5, importance="learned", rope_cap=4)
+  sampler = SamplerConfig("few_step", steps=2, shift=5.0)
+  train = TrainConfig(4, (STAGE,), betas=(0.0, 0.999), warmup=1)
+  distill = DistillConfig(teacher=str(folder), critic_updates=2, **distill)
+  return Config("test", MODEL, memory, sampler, DataConfig(), train, distill)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+  """A folder of a bidirectional model."""
+  folder = tmp_path_factory.mktemp("teacher") / "model"
+  model = dataclasses.replace(MODEL, chunk_frames=JUDGED * MODEL.chunk_frames, tile=(3, 2, 3))
+  config = dataclasses.replace(make(""), model=model, memory=MemoryConfig(window=1))
+  params = {"dit": random_params(model, 5), "text": teacher_forcing.init_model(config)["text"]}
+  checkpoint.export(folder, jax.device_get(params), to_dict(config), {})
+  return folder
+
+
+@pytest.fixture(scope="module")
+def words():
+  return jnp.asarray(self_forcing.inputs(make(""), {"caption": ["a red 3", "a blue 7 and a green 1"]}))
+
+
+def begin(config):
+  params = {"dit": random_params(MODEL, 6), "text": teacher_forcing.init_model(config)["text"]}
+  return self_forcing.state(config) | {
+    "params": params,
+    "ema": params,
+    "opt": self_forcing.optimizer(config.train).init(params),
+  }
+
+
+def moved(old, new):
+  """Names of the arrays that differ."""
+  old, new = checkpoint.named(old), checkpoint.named(new)
+  return {name for name in old if np.any(old[name] != new[name])}
+
+
+def test_a_step_moves_the_student_and_then_the_critic(teacher, words):
+  config = make(teacher)
+  state, fixed = begin(config), self_forcing.fixed(config)
+  step = jax.jit(lambda s, f, b: self_forcing.step(config, STAGE, cluster.make_mesh(), s, f, b))
+  once, metrics = step(state, fixed, [(words, jnp.arange(B))])
+  twice, more = step(once, fixed, [(words, jnp.arange(B))])
+  assert int(twice["step"]) == 2 and all(np.isfinite(x) for x in (*metrics.values(), *more.values()))
+  assert metrics["not_finite"] == 0 and metrics["importance"] > 0 and metrics["grad_norm"] > 0
+  for part in ("params", "critic"):
+    still = set(checkpoint.named(state[part])) - moved(state[part], twice[part])
+    # Only the student has an importance head that learns; one word's row and what no layer reads may stand still.
+    assert not {name for name in still if name.startswith("dit") and "importance" not in name}, part
+  assert {n for n in moved(state["params"], twice["params"]) if "importance" in n}
+  assert not moved(fixed, self_forcing.fixed(config))
+  again, _ = step(state, fixed, [(words, jnp.arange(B))])
+  assert not moved(once, again)
+
+
+def test_two_scores_alike_leave_the_student_alone(teacher, words):
+  """Without guidance, a critic that is the teacher has nothing to say: only the importance head learns."""
+  config = make(teacher, guidance=1.0)
+  params, fixed = begin(config)["params"], self_forcing.fixed(config)
+
+  @jax.jit
+  @jax.grad
+  def gradient(params, critic):
+    key = jax.random.key(0)
+    return self_forcing.student_loss(config, params, critic, fixed, words, key, jnp.arange(B), 0, 1)[0]
+
+  alike, apart = gradient(params, fixed), gradient(params, jax.tree.map(lambda x: 1.1 * x, fixed))
+  of = lambda grads, head: {n for n, x in checkpoint.named(grads).items() if np.any(x) and ("importance" in n) == head}
+  assert not of(alike, False) and of(alike, True) == of(apart, True) != set()
+  assert len(of(apart, False)) > 20
+
+
+def test_only_the_last_chunks_of_a_longer_rollout_are_judged(teacher, words):
+  config = make(teacher)
+  params, key, samples = begin(config)["params"], jax.random.key(3), jnp.arange(B)
+  last = config.sampler.steps - 1
+  got, looks = jax.jit(lambda n: self_forcing.student_rollout(config, params, words, key, samples, n, last))(SILENT)
+
+  @jax.jit
+  def whole():
+    text = self_forcing.WordEncoder(MODEL.text_len, MODEL.text_dim).encode(params["text"], words)
+    memory = rollout.start(MODEL, config.memory, params["dit"], text, config.train.seed)
+    return rollout.rollout(MODEL, config.memory, config.sampler, params["dit"], memory, key, samples, JUDGED + SILENT)[
+      0
+    ]
+
+  want = whole()[:, SILENT:].reshape(got.shape)
+  assert looks.content.shape[2] == JUDGED
+  np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+def test_the_critic_learns_what_the_student_makes(teacher, words):
+  """Steps on one batch of latents lower the critic's loss on new noise."""
+  config = make(teacher)
+  critic = self_forcing.fixed(config)
+  x = jax.random.normal(jax.random.key(1), (B, JUDGED * 3, *MODEL.latent_size, MODEL.latent_channels)) * 0.2 + 1.0
+  value = jax.jit(lambda c, key: self_forcing.critic_loss(config, c, words, jax.random.split(key, B), x))
+  gradient = jax.jit(jax.grad(lambda c, key: self_forcing.critic_loss(config, c, words, jax.random.split(key, B), x)))
+  mean = lambda c: np.mean([value(c, jax.random.key(100 + i)) for i in range(8)])
+  tx, before = optax.adam(1e-2), mean(critic)
+  opt = tx.init(critic)
+  for i in range(60):
+    updates, opt = tx.update(gradient(critic, jax.random.key(i)), opt)
+    critic = optax.apply_updates(critic, updates)
+  assert mean(critic) < 0.5 * before
+
+
+@pytest.mark.parametrize(
+  ("change", "line"),
+  [
+    (lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, chunk_frames=2, tile=(1, 2, 3))), "9 latents"),
+    (lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, text_len=8)), "its text_len is 16"),
+    (lambda c: dataclasses.replace(c, distill=DistillConfig(teacher="/nowhere")), "/nowhere is not a folder"),
+  ],
+)
+def test_a_teacher_that_does_not_fit(teacher, change, line):
+  with pytest.raises(UserError, match=f"config.distill.teacher.*{line}"):
+    self_forcing.teacher_model(change(make(teacher)))
+
+
+@pytest.mark.parametrize("stage", [Stage(1.0, chunks=2, batch=2), Stage(1.0, chunks=3, batch=2, firsts=2)])
+def test_a_stage_that_does_not_fit(teacher, stage):
+  with pytest.raises(UserError, match=r"config.train.stages: .*want chunks of at least 3 and firsts 0"):
+    self_forcing.source(make(teacher), stage)
