@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.choice import top_lists
-from pallas_kernels.pbsa import BLOCK
+from pallas_kernels.pbsa import BLOCK, top_lists
 from sfjax.tiles import BlockLayout
 
 IMPORTANCE = ("attention", "learned", "random")

@@ -1,4 +1,4 @@
-"""The "mosaic_sm90" implementation: a warp finds a row's threshold by bisection of its bits, and sorts nothing.
+"""Lists from scores in one kernel: a warp finds a row's threshold by bisection of its bits, and sorts nothing.
 
 A row's scores lie in registers, 32 to a register. As integers they are ordered like the scores, so the threshold is found bit
 by bit, by counting; of equals, the last one taken is found the same way. What is chosen is then a mask of 32 bits for each
@@ -58,7 +58,7 @@ def _place_of_bit(mask, n):
 
 
 def top_lists(scores, budget, size: int, first, interpret=None):
-  """See `api.top_lists`; scores [R,X]."""
+  """See `lists.top_lists`; scores [R,X]."""
   r, x = scores.shape
   groups, out_groups = -(-x // LANES), -(-size // LANES)
   shape = (ROWS, LANES)
