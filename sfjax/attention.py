@@ -45,13 +45,17 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
   """
   layout = model.layout
 
-  def attend(block, slots, given: tuple[kv.KVMemory, Int32[Array, ""] | None], q, k, v):
+  def attend(block, slots, given: tuple[kv.KVMemory, Int32[Array, ""] | None], h, turn):
     m, layer = given
-    q, k, v = (layout.pack(x[:, 0]) for x in (q, k, v))
     if slots is not None:
       m = m.replace(k=slots[0], v=slots[1])
-    m = kv.write_chunk(model, cfg, m, k, v, layer)
-    q_pooled = pool_queries(q, layout, cfg.route_parts)
+    if slots is None or cfg.route_parts > 1:
+      q, k, v = (layout.pack(x[:, 0]) for x in block.self_attn.turned(h, turn))
+      m = kv.write_chunk(model, cfg, m, k, v, layer)
+      q_pooled, content = pool_queries(q, layout, cfg.route_parts), block_content(v, layout)
+    else:  # all of this in one kernel, where there is one; it knows one mean a block
+      unfinished = block.self_attn.unfinished(h[:, 0])
+      m, q, q_pooled, content = kv.write_projections(model, cfg, m, unfinished, [x[0] for x in turn], layer)
     if cfg.selects or layout.blocks > layout.full_blocks:
       ids, counts = kv.route(model, cfg, m, q_pooled)
       prefix = cfg.persistent_count(layout, m.chunk) if cfg.persistent else 0
@@ -65,7 +69,6 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
     if commit:
       nb = layout.blocks
       own = jax.lax.dynamic_slice_in_dim(m.pooled, cfg.persistent + (m.chunk % cfg.window) * nb, nb, 1)
-      content = block_content(v, layout)
       score = kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled)
       aux = kv.Commit(*((k, v) if slots is None else (None, None)), own, score)
     out = layout.unpack(block.self_attn.out(out))[:, None]
@@ -99,9 +102,9 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
   layout, n, nb, c = model.layout, chunks, model.layout.blocks, cfg.persistent
   turning = c > 0 and cfg.rope_cap is not None and (n - 1) * model.chunk_frames > cfg.rope_cap
 
-  def attend(block, carry, rng, q, k, v):
-    b, streams, _, heads, dim = q.shape
-    rows = q, k, v
+  def attend(block, carry, rng, h, turn):
+    rows = block.self_attn.turned(h, turn)
+    b, streams, _, heads, dim = rows[0].shape
     q, k, v = (layout.pack(x) for x in rows)  # [B,G,Sc,N,H]
     q_pooled, k_pooled = pool_queries(q, layout, cfg.route_parts), pool_keys(k, layout, cfg.route_parts)
     content = block_content(v[:, :-n], layout)

@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK
+from pallas_kernels.slots import to_slots
 from sfjax.model import ModelConfig
 from sfjax.rope import turn_forward
 from sfjax.routing import (
@@ -26,6 +27,8 @@ from sfjax.routing import (
   eviction_scores,
   importance,
   pool_keys,
+  pooled_keys,
+  pooled_queries,
   route_window,
   select_persistent,
   tile_means,
@@ -157,6 +160,22 @@ def write_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, k, v, layer=
   first = _ring_block(model, cfg, m.chunk)
   pooled = _put(m.pooled, pool_keys(k, model.layout, cfg.route_parts), first)
   return m.replace(k=_put(m.k, k, first * BLOCK, layer), v=_put(m.v, v, first * BLOCK, layer), pooled=pooled)
+
+
+def write_projections(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, unfinished, turn, layer):
+  """`write_chunk` of what `Attention.unfinished` gives, normed, turned and packed on the way; m.k and m.v are all layers'.
+
+  Returns:
+    m, q in slots, and what `pool_queries` finds of q and `block_content` of v. For cfg.route_parts = 1.
+  """
+  layout, first = model.layout, _ring_block(model, cfg, m.chunk)
+  products, vectors = unfinished
+  q, k_slots, v_slots, means = to_slots(
+    *products, vectors, *turn, m.k, m.v, layer, first, valid=layout.valid, eps=model.eps
+  )
+  q_means, k_pooled, content = means[:, :, :, None]
+  m = m.replace(k=k_slots, v=v_slots, pooled=_put(m.pooled, pooled_keys(k_pooled), first))
+  return m, q, pooled_queries(q_means, layout), pooled_keys(content)[:, :, 0]
 
 
 def _put(old: Float[Array, "*L B S N H"], new: Float[Array, "B s N H"], at, layer=None):

@@ -117,9 +117,13 @@ class Linear(nnx.Module):
     self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), jnp.dtype(cfg.param_dtype)))
     self.bias = nnx.Param(jnp.zeros((d_out,), jnp.dtype(cfg.param_dtype)))
 
+  def product(self, x):
+    """x W, kept apart."""
+    return jax.lax.optimization_barrier(x @ self.kernel[...].astype(x.dtype))
+
   def __call__(self, x, joined: bool = False):
-    y = x @ self.kernel[...].astype(x.dtype)
-    return (y if joined else jax.lax.optimization_barrier(y)) + self.bias[...].astype(x.dtype)
+    y = x @ self.kernel[...].astype(x.dtype) if joined else self.product(x)
+    return y + self.bias[...].astype(x.dtype)
 
 
 def layer_norm(x, eps: float):
@@ -159,6 +163,17 @@ class Attention(nnx.Module):
   def key_value(self, x: Float[Array, "*B T D"]):
     return self._heads(rms_norm(self.k(x), self.norm_k[...], self.cfg.eps)), self._heads(self.v(x))
 
+  def turned(self, x: Float[Array, "*B T D"], turn):
+    """Queries, keys and values [*B,T,N,H] of positions whose (cos, sin) are given."""
+    k, v = self.key_value(x)
+    return rotate(self.query(x), *turn), rotate(k, *turn), v
+
+  def unfinished(self, x: Float[Array, "*B T D"]):
+    """The products q, k, v [*B,T,D] and, [5,D], what finishes them: their biases and the norms' weights of q and k."""
+    parts = self.q, self.k, self.v
+    vectors = [*(p.bias for p in parts), self.norm_q, self.norm_k]
+    return [p.product(x) for p in parts], jnp.stack([a[...] for a in vectors]).astype(x.dtype)
+
   def out(self, x: Float[Array, "*B T N H"]) -> Float[Array, "*B T D"]:
     return self.o(x.reshape(*x.shape[:-2], self.cfg.dim))
 
@@ -187,7 +202,7 @@ class Block(nnx.Module):
     return y + self.importance_bias[...][:, None]
 
   def __call__(self, x, e0, turn, text_kv, attend):
-    """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv (k, v) [B,M,N,H]; attend(q, k, v) -> (like x, ...)."""
+    """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv (k, v) [B,M,N,H]; attend(block, x, turn) -> (x, ...)."""
     cfg, layout = self.cfg, self.cfg.layout
     m = [layout.frame_values(a) for a in jnp.moveaxis(self.modulation[...].astype(x.dtype) + e0, -2, 0)]
 
@@ -198,9 +213,7 @@ class Block(nnx.Module):
       return (layout.per_frame(y) * gate).reshape(y.shape)
 
     h = modulate(layer_norm(x, cfg.eps), m[0], m[1])
-    k, v = self.self_attn.key_value(h)
-    q = rotate(self.self_attn.query(h), *turn)
-    out, *rest = attend(self, q, rotate(k, *turn), v)
+    out, *rest = attend(self, h, turn)
     x = x + gated(out, m[2])
 
     h = layer_norm(x, cfg.eps) * self.norm3_scale[...].astype(x.dtype) + self.norm3_bias[...].astype(x.dtype)
@@ -261,8 +274,8 @@ class DiT(nnx.Module):
     Args:
       x: noisy or clean latents. t: timestep of every latent frame, 0..1000. chunk: index of each chunk in its video.
       text_kv: from `text_kv`.
-      attend: (block, carry, layer_input, q, k, v [B,G,T,N,H]) -> (out [B,G,T,D], carry, aux), called in each layer; it applies
-        `block.self_attn.out`, for which it may have its rows in another order.
+      attend: (block, carry, layer_input, h [B,G,T,D], turn) -> (out [B,G,T,D], carry, aux), called in each layer. It applies
+        `block.self_attn`'s projections and norms itself: a kernel may join them, and `out` may see its rows in another order.
       layer_inputs: a pytree with a leading layer axis, handed to `attend` layer by layer. carry: one handed from layer to
         layer.
 
@@ -290,7 +303,7 @@ class DiT(nnx.Module):
       h, carry = state
       params, kv, extra = inputs
       block = nnx.merge(graph, unpack(params))
-      h, carry, aux = block(h, e0, turn, kv, lambda b, *qkv: attend(b, carry, extra, *qkv))
+      h, carry, aux = block(h, e0, turn, kv, lambda b, *x: attend(b, carry, extra, *x))
       return (h, carry), aux
 
     (h, carry), aux = jax.lax.scan(_remat(layer, cfg.remat), (h, carry), (stacked, text_kv, layer_inputs))

@@ -126,14 +126,23 @@ def pool_keys(k: Float[Array, "*B S N H"], layout: BlockLayout, parts: int = 1) 
   Raises:
     ValueError: parts does not divide the tile.
   """
-  return jax.lax.stop_gradient(_patch_means(k, layout, parts).astype(jnp.bfloat16))
+  return pooled_keys(_patch_means(k, layout, parts))
+
+
+def pooled_keys(means: Float[Array, "*B K A N H"]) -> Float[Array, "*B K A N H"]:
+  """`pool_keys` of blocks whose patches' means are known, float32."""
+  return jax.lax.stop_gradient(means.astype(jnp.bfloat16))
 
 
 def pool_queries(q: Float[Array, "*B T N H"], layout: BlockLayout, parts: int = 1) -> Float[Array, "*B Q I N H"]:
   """Of each query tile's two blocks: the mean over their tokens (parts = 1, I = 1), or their patches' means (I = 2 A)."""
-  x = _patch_means(q, layout, parts)
-  x = x.reshape(*x.shape[:-4], -1, 2 * x.shape[-3], *x.shape[-2:])
-  x = tile_means(layout, x)[..., None, :, :] if parts == 1 else x.astype(jnp.bfloat16)
+  return pooled_queries(_patch_means(q, layout, parts), layout)
+
+
+def pooled_queries(means: Float[Array, "*B K A N H"], layout: BlockLayout) -> Float[Array, "*B Q I N H"]:
+  """`pool_queries` of blocks whose patches' means are known, float32."""
+  x = means.reshape(*means.shape[:-4], -1, 2 * means.shape[-3], *means.shape[-2:])
+  x = tile_means(layout, x)[..., None, :, :] if means.shape[-3] == 1 else x.astype(jnp.bfloat16)
   return jax.lax.stop_gradient(x)
 
 

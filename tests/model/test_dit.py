@@ -116,8 +116,9 @@ def wan_forward(p, x, t, first_frame, text, heads, freq_dim):
   return np.einsum("fijrsc->firjsc", out).reshape(x.shape)
 
 
-def whole_chunk(block, carry, extra, q, k, v):
+def whole_chunk(block, carry, extra, h, turn):
   """Every token of a chunk attends to all of its chunk."""
+  q, k, v = block.self_attn.turned(h, turn)
   s = jnp.einsum("bgqnh,bgknh->bgnqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
   out = jnp.einsum("bgnqk,bgknh->bgqnh", jax.nn.softmax(s, -1).astype(v.dtype), v)
   return block.self_attn.out(out), carry, None

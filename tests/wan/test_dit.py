@@ -55,8 +55,8 @@ def run(case: str, cfg: ModelConfig, params: dict) -> np.ndarray:
   nnx.replace_by_pure_dict(like, params)
   model = nnx.merge(graph, like)
 
-  def attend(block, carry, extra, q, k, v):
-    q, k, v = (a[:, 0] for a in (q, k, v))
+  def attend(block, carry, extra, h, turn):
+    q, k, v = (a[:, 0] for a in block.self_attn.turned(h, turn))
     return block.self_attn.out(jax.nn.dot_product_attention(q, k, v)[:, None]), carry, None
 
   def forward(model: DiT):

@@ -1,0 +1,115 @@
+"""The public call: q, k and v of a chunk, normed, turned and laid into blocks; k and v where the cache keeps them.
+
+Letters: B batch, T tokens of a chunk in tile order, D = N H width, N heads, H head dim, L layers, S slots of a layer,
+K blocks of a chunk, s = 64 K; an odd number gets one empty block.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.pbsa import BLOCK, TILE
+from pallas_kernels.slots import mosaic_sm90
+
+IMPLEMENTATIONS = ("mosaic_sm90", "xla")
+
+
+def to_slots(
+  q: Float[Array, "B T D"],
+  k: Float[Array, "B T D"],
+  v: Float[Array, "B T D"],
+  vectors: Float[Array, "5 D"],
+  cos: Float[Array, "T half"],
+  sin: Float[Array, "T half"],
+  k_slots: Float[Array, "L B S N H"],
+  v_slots: Float[Array, "L B S N H"],
+  layer: Int32[Array, ""],
+  first: Int32[Array, ""],
+  *,
+  valid: int,
+  eps: float,
+  implementation: str | None = None,
+) -> tuple[Float[Array, "B s N H"], Float[Array, "L B S N H"], Float[Array, "L B S N H"], Float[Array, "3 B K N H"]]:
+  """Biases, RMS norm over the whole width of q and k, RoPE of both, blocks of 64 slots, and their means.
+
+  Args:
+    q, k, v: products with their weights. vectors: the biases of q, k and v and the norms' weights of q and k, in one array.
+    cos, sin: of each token's angles, float32; the pair (2 j, 2 j + 1) of every head turns by angle j.
+    k_slots, v_slots: the stacked cache, written in place where it is donated: blocks first .. first + K - 1 of `layer`.
+    valid: tokens of a block; the slots behind them become zero.
+    implementation: "mosaic_sm90" (Hopper, bfloat16), "xla" (anywhere), or None for the first that supports the arguments.
+
+  Returns:
+    q in slots, k_slots, v_slots, and the mean q, k and v of each block, float32.
+
+  Raises:
+    ValueError: wrong shapes or dtypes. NotImplementedError: the implementation cannot do this.
+  """
+  b, t, d = q.shape
+  *_, slots, n, h = k_slots.shape
+  for name, x, want in (
+    ("k", k, q.shape),
+    ("v", v, q.shape),
+    ("vectors", vectors, (5, d)),
+    ("cos", cos, (t, h // 2)),
+    ("sin", sin, (t, h // 2)),
+    ("k_slots", k_slots, (k_slots.shape[0], b, slots, n, d // n)),
+    ("v_slots", v_slots, k_slots.shape),
+  ):
+    if x.shape != want:
+      raise ValueError(f"{name}: shape {x.shape}; want {want}")
+    dtype = jnp.float32 if name in ("cos", "sin") else q.dtype
+    if x.dtype != dtype:
+      raise ValueError(f"{name}: dtype {x.dtype}; want {dtype}")
+  if not 1 <= valid <= BLOCK or t % valid:
+    raise ValueError(f"valid: {valid}; want 1..{BLOCK}, a divisor of T = {t}")
+  tiles = (t // valid + 1) // 2
+  if slots % BLOCK or slots < tiles * TILE:
+    raise ValueError(f"k_slots: S = {slots}; want a multiple of {BLOCK}, at least {tiles * TILE}")
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
+  args = (q, k, v, vectors, cos, sin, k_slots, v_slots, layer, first)
+  if implementation in (None, "mosaic_sm90"):
+    reason = mosaic_sm90.unsupported(q, (n, h), valid)
+    if implementation and reason:
+      raise NotImplementedError(reason)
+    if reason is None:
+      return _by_kernel(valid, eps, *args)
+  return by_xla(valid, eps, *args)
+
+
+def by_xla(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, first):
+  """What the kernel is held to."""
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  n, h = k_slots.shape[-2:]
+
+  def turned(x, weight):
+    y = x.astype(wide)
+    y = (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)).astype(x.dtype) * weight
+    y = y.astype(wide).reshape(*x.shape[:2], n, h // 2, 2)
+    c, s = (a[:, None, :, None] for a in (cos, sin))
+    return (y * c + jnp.flip(y, -1) * s * jnp.array([-1, 1], wide)).astype(x.dtype)
+
+  q, k, v = (x + bias for x, bias in zip((q, k, v), vectors[:3], strict=True))
+  blocks = jnp.stack(
+    [x.reshape(x.shape[0], -1, valid, n, h) for x in (turned(q, vectors[3]), turned(k, vectors[4]), v)]
+  )
+  blocks = jnp.pad(blocks, [(0, 0)] * 2 + [(0, blocks.shape[2] % 2), (0, BLOCK - valid), (0, 0), (0, 0)])
+  means = blocks.astype(jnp.float32).sum(3) / valid
+  q, k, v = blocks.reshape(3, q.shape[0], -1, n, h)
+  put = lambda old, new: jax.lax.dynamic_update_slice(old, new[None], (layer, 0, first * BLOCK, 0, 0))
+  return q, put(k_slots, k), put(v_slots, v), means
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_kernel(valid, eps, *args):
+  q, k_slots, v_slots, sums = mosaic_sm90.to_slots(valid, eps, *args)
+  return q, k_slots, v_slots, sums.sum(3) / valid
+
+
+_by_kernel.defvjp(
+  lambda *args: (_by_kernel(*args), args[2:]),
+  lambda valid, eps, args, cotangents: jax.vjp(functools.partial(by_xla, valid, eps), *args)[1](cotangents),
+)
