@@ -1,7 +1,8 @@
-"""Self-attention over the sparse memory, in its two forms: chunk by chunk over the cache, and all chunks at once in training.
+"""Self-attention over the sparse memory: chunk by chunk over the cache, and all chunks at once in training.
 
-Both return a function for `DiT.__call__`'s `attend`. The parallel form scans over chunks on pooled vectors to find every
-chunk's P and lists, then one `pbsa` call attends for all chunks of the clean and the noisy stream together.
+All return a function for `DiT.__call__`'s `attend`. The parallel form scans over chunks on pooled vectors to find every
+chunk's P and lists, then one `pbsa` call attends for all chunks of the clean and the noisy stream together. The replayed form
+does so for chunks that were rolled out before: what each of them read is known.
 
 Letters: B batch, G chunks side by side, n chunks of a clip, T tokens, N heads, H head dim, Q query tiles, C persistent blocks.
 """
@@ -39,7 +40,7 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
   The memory's slots come in one of two ways. As part of the layer input, that of the layer: nothing is changed, and all is
   differentiable. Or as the carry, (k, v) of all layers, the index telling which one: the chunk is written there, in place where
   the carry is donated, and no slot is copied; forward only. The commit pass returns a `Commit`, with k and v only where the
-  carry does not hold them already; a denoising step returns None, or with `keep` its own k, v and pooled q.
+  carry does not hold them already; a denoising step returns None, or with `keep` a `Read`.
 
   prefix_k: with the carry, `memory.persistent_keys` of all layers, found once for all passes of a chunk.
   """
@@ -65,7 +66,7 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       prefix = jnp.minimum(m.chunk + 1, cfg.window) * layout.blocks
     keys = kv.persistent_keys(model, cfg, m) if slots is None else prefix_k
     out = pbsa(q, m.k, m.v, ids, counts, prefix_blocks=prefix, prefix_k=keys, kv_valid=layout.valid, layer=layer)
-    aux = (k, v, q_pooled) if keep else None
+    aux = Read(q_pooled, ids, counts) if keep else None
     if commit:
       nb = layout.blocks
       own = jax.lax.dynamic_slice_in_dim(m.pooled, cfg.persistent + (m.chunk % cfg.window) * nb, nb, 1)
@@ -73,6 +74,96 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       aux = kv.Commit(*((k, v) if slots is None else (None, None)), own, score)
     out = layout.unpack(block.self_attn.out(out))[:, None]
     return out, None if slots is None else (m.k, m.v), aux
+
+  return attend
+
+
+class Read(NamedTuple):
+  """What a chunk's denoising step read of its memory in a layer.
+
+  Attributes:
+    queries: pooled. ids, counts: its lists, of the memory's blocks; empty where it reads all there is.
+  """
+
+  queries: Float[Array, "*L B Q I N H"]
+  ids: Int32[Array, "*L B N Q K"]
+  counts: Int32[Array, "*L B N Q"]
+
+
+class Replay(NamedTuple):
+  """A layer's input for `replayed_attention`: the memory before the first of n chunks, and what the rollout left of them.
+
+  Attributes:
+    k, v, origin: of the memory then. clean_k, clean_v: what the chunks committed. origins: of the memory when each was
+      denoised. ids, counts: their lists, see `Read`.
+  """
+
+  k: Float[Array, "*L B S N H"]
+  v: Float[Array, "*L B S N H"]
+  origin: Int32[Array, "*L B N R"]
+  clean_k: Float[Array, "*L n B Sc N H"]
+  clean_v: Float[Array, "*L n B Sc N H"]
+  origins: Int32[Array, "*L n B N R"]
+  ids: Int32[Array, "*L n B N Q K"]
+  counts: Int32[Array, "*L n B N Q"]
+
+
+def replayed_attention(model: ModelConfig, cfg: MemoryConfig, first: Int32[Array, ""], straight_through: bool):
+  """Attends for the noisy chunks first .. first + n - 1 of a rollout, side by side; the layer input is a `Replay`.
+
+  A chunk reads its own noisy keys and values, and earlier chunks' clean ones wherever they lay in its memory, P or window; with
+  straight_through these carry the gradient of the noisy ones, which stand beside them here.
+  """
+  layout, nb, c = model.layout, model.layout.blocks, cfg.persistent
+
+  def attend(block, carry, given: Replay, h, turn):
+    q, k, v = (layout.pack(x) for x in block.self_attn.turned(h, turn))  # [B,n,Sc,N,H]
+    b, n, _, heads, dim = q.shape
+    resident = given.origin.shape[-1]
+    flat = lambda x: x.reshape(b, -1, heads, dim)
+
+    def past(before, clean, noisy):  # blocks that were there, then those of the n chunks
+      clean = jnp.moveaxis(clean, 0, 1)
+      if straight_through:
+        clean = clean + (noisy - jax.lax.stop_gradient(noisy))
+      return jnp.concatenate([before, flat(clean)], 1)
+
+    past_k, past_v = past(given.k, given.clean_k, k), past(given.v, given.clean_v, v)
+    keys, values = [past_k, flat(k)], [past_v, flat(v)]
+
+    # Where the blocks of a chunk's memory stand in these arrays; `big` where there is none.
+    big = 2 * n * nb + resident + n * c
+    t = first + jnp.arange(n)[:, None, None, None]
+    found = jnp.argmax(given.origins[..., None] == given.origin[..., None, :], -1)
+    later = given.origins - first * nb
+    stands = jnp.where(later < 0, found, resident + later + jnp.where(given.origins // nb == t, n * nb, 0))
+    stands = jnp.where(given.origins < 0, big, stands)
+    at = jnp.pad(stands, [(0, 0)] * 3 + [(0, 1)], constant_values=big)[..., None, :]
+    if cfg.selects:
+      ids, counts = jnp.take_along_axis(at, given.ids, -1), given.counts
+    else:
+      ids = jnp.broadcast_to(at, (*at.shape[:3], nb // 2, resident + 1))
+      counts = jnp.broadcast_to((given.origins >= 0).sum(-1)[..., None], ids.shape[:-1]).astype(jnp.int32)
+    if c:
+      origin, p = given.origins[..., :c], stands[..., :c]
+      if cfg.rope_cap is not None:  # each chunk's P as a segment of its own: its keys turn by the chunk's own ages
+        source = jnp.minimum(p, past_k.shape[1] // BLOCK - 1).transpose(1, 0, 3, 2).reshape(b, n * c, 1, heads, 1)
+        gather = lambda x: flat(jnp.take_along_axis(x.reshape(b, -1, BLOCK, heads, dim), source, 1))
+        delta = capped_turn(cfg, (t - origin // nb) * model.chunk_frames).transpose(1, 0, 3, 2)
+        keys.append(turn_forward(gather(past_k), jnp.repeat(delta.reshape(b, n * c, heads), BLOCK, 1)))
+        values.append(gather(past_v))
+        segment = resident + 2 * n * nb + jnp.arange(n)[:, None, None, None] * c + jnp.arange(c)
+        p = jnp.where(origin >= 0, segment, big)
+      ids = jnp.concatenate([jnp.broadcast_to(p[..., None, :], (*ids.shape[:-1], c)), ids], -1)
+      counts = counts + (origin >= 0).sum(-1)[..., None].astype(jnp.int32)
+    longest = cfg.full_k(layout) + c if cfg.selects else resident  # P and its unused budget share so many entries
+    ids = jnp.sort(ids, -1)[..., :longest].astype(jnp.int32)
+    rows = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, heads, -1, *x.shape[4:])
+    out = pbsa(
+      flat(q), jnp.concatenate(keys, 1), jnp.concatenate(values, 1), rows(ids), rows(counts), kv_valid=layout.valid
+    )
+    out = layout.unpack(block.self_attn.out(out.reshape(q.shape)))
+    return out, carry, None
 
   return attend
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.pbsa import BLOCK
 from sfjax import memory as kv
-from sfjax.attention import cached_attention, importance_loss
+from sfjax.attention import Replay, cached_attention, importance_loss, replayed_attention
 from sfjax.flow import TIMESTEPS, SamplerConfig, denoise, few_step, to_x0
 from sfjax.model import DiT, ModelConfig
 from sfjax.routing import MemoryConfig, block_content
@@ -233,6 +234,9 @@ def self_forcing(
   what the memory then gets in a clean pass without. Gradients reach earlier chunks through their keys and values in the memory,
   in P as in the window: "straight_through" gives a clean key or value the gradient of its exit step's, "detached" none.
 
+  First all is rolled out without gradient, the memory in place. Then the exit steps of all chunks are done once more, side by
+  side, from what each of them started from and read: nothing but that pass is kept for the backward one, and no memory.
+
   Args:
     sampler: of kind "few_step", without guidance. memory: of B rows. exit_step: 0 .. sampler.steps - 1.
 
@@ -244,33 +248,47 @@ def self_forcing(
   if cache_gradient not in CACHE_GRADIENTS:
     raise ValueError(f"cache_gradient: {cache_gradient!r}; want one of {', '.join(CACHE_GRADIENTS)}")
   constant = functools.partial(jax.tree.map, jax.lax.stop_gradient)
-  fixed, sigmas = constant(params), jnp.asarray(sampler.sigmas)
+  fixed, before, sigmas, nb = constant(params), constant(memory), jnp.asarray(sampler.sigmas), model.layout.blocks
 
   def chunk(memory):
-    memory = kv.per_layer(kv.begin_chunk, model, cfg, memory)
+    memory, how = _begin(model, cfg, memory, in_place=True)
     keys = chunk_keys(key, sample, memory.chunk[0])
     noise = _first_noise(model, keys)
-    level = lambda i: jnp.full(noise.shape[:2], sigmas[i])
-    past = constant(memory)
+    pass_over = lambda memory, x, i, **more: _forward(
+      model, cfg, fixed, memory, x, jnp.full(noise.shape[:2], sigmas[i]), commit=False, **how, **more
+    )
 
-    def quiet(i, x):
-      out, *_ = _forward(model, cfg, fixed, past, x, level(i), commit=False)
-      return few_step(model, sampler, x, out, i, keys)
+    def quiet(i, state):
+      x, memory = state
+      out, memory, _ = pass_over(memory, x, i)
+      return few_step(model, sampler, x, out, i, keys), memory
 
-    x = constant(jax.lax.fori_loop(0, exit_step, quiet, noise))
-    out, _, (*own, queries) = _forward(model, cfg, params, memory, x, level(exit_step), commit=False, keep=True)
-    x0 = to_x0(model, out, x, level(exit_step))
-    _, _, update = _forward(model, cfg, fixed, past, constant(x0), level(-1), commit=True)
-    update = constant(update)
-    content = jax.vmap(lambda v: block_content(v, model.layout))(update.v)
-    looks = constant(Looks(queries, update.pooled, content))
-    if cache_gradient == "straight_through":
-      k, v = (clean + (noisy - constant(noisy)) for clean, noisy in zip((update.k, update.v), own, strict=True))
-      update = update._replace(k=k, v=v)
-    return (x0, looks), kv.per_layer(kv.commit_chunk, model, cfg, memory, update)
+    x, memory = jax.lax.fori_loop(0, exit_step, quiet, (noise, memory))
+    out, memory, read = pass_over(memory, x, exit_step, keep=True)
+    origins, first = memory.origin, cfg.persistent + (memory.chunk[0] % cfg.window) * nb
+    x0 = to_x0(model, out, x, jnp.full(noise.shape[:2], sigmas[exit_step]))
+    memory = commit(model, cfg, fixed, memory, x0, **how)
+    own = lambda x, width: jax.lax.dynamic_slice_in_dim(x, first * width, nb * width, 2)
+    k, v = own(memory.k, BLOCK), own(memory.v, BLOCK)
+    content = jax.vmap(lambda v: block_content(v, model.layout))(v)
+    return (x, k, v, origins, read, own(memory.pooled, 1), content), memory
 
-  (latents, looks), memory = _in_turn(chunk, memory, chunks)
-  return jnp.moveaxis(latents, 0, 1), memory, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), looks)
+  made, after = _in_turn(chunk, before, chunks)
+  x, (k, v, origins, read, pooled, content) = made[0], jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), made[1:])
+  x, first = jnp.moveaxis(x, 0, 1), before.chunk[0]
+  sigma = jnp.full(x.shape[:3], sigmas[exit_step])
+  out, *_ = apply(
+    model,
+    params,
+    x,
+    sigma * TIMESTEPS,
+    first + jnp.arange(chunks),
+    (memory.cross_k, memory.cross_v),
+    replayed_attention(model, cfg, first, cache_gradient == "straight_through"),
+    Replay(before.k, before.v, before.origin, k, v, origins, read.ids, read.counts),
+  )
+  looks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), Looks(read.queries, pooled, content))
+  return to_x0(model, out, x, sigma), after, looks
 
 
 def head_loss(model: ModelConfig, cfg: MemoryConfig, params, looks: Looks) -> Float[Array, ""]:

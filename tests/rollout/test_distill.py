@@ -138,69 +138,85 @@ def student():
   return params, text
 
 
-def play(params, text, exit_step, cache_gradient="straight_through", chunks=3, memory=MEMORY):
-  start = rollout.start(STUDENT, memory, params, text)
+def play(params, text, exit_step, cache_gradient="straight_through", chunks=3, memory=MEMORY, before=None):
+  before = rollout.start(STUDENT, memory, params, text) if before is None else before
   return rollout.self_forcing(
-    STUDENT, memory, FEW, params, start, jax.random.key(11), jnp.arange(1), chunks, exit_step, cache_gradient
+    STUDENT, memory, FEW, params, before, jax.random.key(11), jnp.arange(1), chunks, exit_step, cache_gradient
   )
 
 
-def test_the_last_exit_is_the_rollout(student):
+@pytest.mark.parametrize(
+  "memory",
+  [
+    MEMORY,
+    MemoryConfig(window=2),
+    MemoryConfig(window=2, persistent=5, top_k=0.3, sink_chunks=1),
+    MemoryConfig(window=2, persistent=4, top_k=0.4, rope_cap=7, sharing="layer", novelty=2.0),
+  ],
+)
+def test_the_last_exit_is_the_rollout(student, memory):
+  """After two chunks of a video, from which blocks come into P; the chunks done side by side are those done in turn."""
   params, text = student
-  x, memory, looks = jax.jit(lambda: play(params, text, FEW.steps - 1))()
-  want, after = jax.jit(
-    lambda: rollout.rollout(
-      STUDENT, MEMORY, FEW, params, rollout.start(STUDENT, MEMORY, params, text), jax.random.key(11), jnp.arange(1), 3
-    )
-  )()
+
+  @jax.jit
+  def both():
+    empty = rollout.start(STUDENT, memory, params, text)
+    go = lambda m, n: rollout.rollout(STUDENT, memory, FEW, params, m, jax.random.key(11), jnp.arange(1), n)
+    before = go(empty, 2)[1]
+    return play(params, text, FEW.steps - 1, memory=memory, before=before), go(before, 3), play(params, text, 0)[0]
+
+  (x, after, looks), (want, last), early = both()
   np.testing.assert_allclose(x, want, atol=1e-5 * float(jnp.abs(want).max()))
-  np.testing.assert_array_equal(memory.origin, after.origin)
-  np.testing.assert_allclose(memory.k, after.k, atol=1e-4)
+  np.testing.assert_array_equal(after.origin, last.origin)
+  np.testing.assert_allclose(after.k, last.k, atol=1e-4)
   nb = STUDENT.layout.blocks
-  np.testing.assert_array_equal(looks.keys[:, :, -1], memory.pooled[:, :, -nb:])  # a window of one chunk
-  early = jax.jit(lambda: play(params, text, 0))()[0]
+  ring = memory.persistent + (4 % memory.window) * nb  # where the fifth chunk lies
+  np.testing.assert_array_equal(looks.keys[:, :, -1], after.pooled[:, :, ring : ring + nb])
   assert np.abs(early - x).max() > 1e-2
 
 
-def unrolled(params, text, exit_step, cache_gradient, frozen=None, chunks=3):
+def unrolled(params, text, exit_step, cache_gradient, memory_config, frozen=None, chunks=3):
   """The same written out chunk by chunk, what is constant handed in: a plain function of params. Returns (clips, constants)."""
-  memory, clips, made = rollout.start(STUDENT, MEMORY, params, text), [], []
+  memory, clips, made = rollout.start(STUDENT, memory_config, params, text), [], []
   key, level = jax.random.key(11), lambda i: jnp.full((1, 3), FEW.sigmas[i])
   for t in range(chunks):
-    memory = kv.per_layer(kv.begin_chunk, STUDENT, MEMORY, memory)
-    step = lambda x, i, commit, m=memory: rollout._forward(
-      STUDENT, MEMORY, params, m, x, level(i), commit, keep=not commit
-    )
+    memory = kv.per_layer(kv.begin_chunk, STUDENT, memory_config, memory)
+    step = lambda x, i, m=memory: rollout._forward(
+      STUDENT, memory_config, params, m, x, level(i), commit=True
+    )  # tells its k and v
     if frozen is None:
       keys = rollout.chunk_keys(key, jnp.arange(1), t)
       x = jax.random.normal(jax.random.fold_in(keys[0], 0), (1, 3, *STUDENT.latent_size, STUDENT.latent_channels))
       for i in range(exit_step):
-        x = few_step(STUDENT, FEW, x, step(x, i, False)[0], i, keys)
+        x = few_step(STUDENT, FEW, x, step(x, i)[0], i, keys)
     else:
       x = frozen[t]["x"]
-    x0, _, own = step(x, exit_step, False)  # it predicts x0
+    x0, _, own = step(x, exit_step)  # it predicts x0
     if frozen is None:
-      clean = step(x0, -1, True)[2]
+      clean = step(x0, -1)[2]
       made.append({"x": x, "own": own, "clean": clean})
     else:
       clean, was = frozen[t]["clean"], frozen[t]["own"]
       if cache_gradient == "straight_through":
-        clean = clean._replace(k=clean.k + own[0] - was[0], v=clean.v + own[1] - was[1])
-    memory = kv.per_layer(kv.commit_chunk, STUDENT, MEMORY, memory, clean)
+        clean = clean._replace(k=clean.k + own.k - was.k, v=clean.v + own.v - was.v)
+    memory = kv.per_layer(kv.commit_chunk, STUDENT, memory_config, memory, clean)
     clips.append(x0)
   return jnp.stack(clips, 1), made
 
 
-def test_gradient_is_that_of_a_plain_function(student):
+@pytest.mark.parametrize("memory", [MEMORY, MemoryConfig(window=2)])
+def test_gradient_is_that_of_a_plain_function(student, memory):
   """By autodiff of the function written out, in which nothing is stopped, and by finite differences of it."""
   params, text = student
   exit_step, found = 1, {}
   target = jax.random.normal(jax.random.key(12), (1, 3, 3, 4, 6, 3))
   error = lambda x: ((x - target) ** 2).mean()
-  frozen = jax.jit(lambda p: unrolled(p, text, exit_step, None)[1])(params)
+  frozen = jax.jit(lambda p: unrolled(p, text, exit_step, None, memory)[1])(params)
   for how in rollout.CACHE_GRADIENTS:
-    value, grads = jax.jit(jax.value_and_grad(lambda p, how=how: error(play(p, text, exit_step, how)[0])))(params)
-    plain = jax.jit(jax.value_and_grad(lambda p, how=how: error(unrolled(p, text, exit_step, how, frozen)[0])))
+    value, grads = jax.jit(
+      jax.value_and_grad(lambda p, how=how: error(play(p, text, exit_step, how, memory=memory)[0]))
+    )(params)
+    plain = jax.jit(jax.value_and_grad(lambda p, how=how: error(unrolled(p, text, exit_step, how, memory, frozen)[0])))
     want_value, want = plain(params)
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     norm = optax.tree.norm(want)
