@@ -1,4 +1,4 @@
-"""Kills a training run at random moments and lets it go on, then compares its end with an unbroken run's, bit for bit.
+"""Kills a training run at random and lets it go on, then compares its last checkpoint with an unbroken run's, bit for bit.
 
 python -m benchmarks.kill --config configs/digits.py:tiny --config.train.steps=200 --config.train.save_every=5 --kills 20
 """
@@ -13,10 +13,11 @@ import time
 
 import numpy as np
 
-from sfjax.checkpoint import load_arrays
-from sfjax.config import split_overrides
+from sfjax.checkpoint import Checkpoints, flatten
+from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass
 from sfjax.errors import Parser, UserError, command
 from sfjax.runlog import make_folder, run_record, write_json_atomic
+from sfjax.training import task
 
 
 def _start(config: str, overrides: dict, workdir: pathlib.Path) -> subprocess.Popen:
@@ -69,7 +70,11 @@ def main(argv: list[str]) -> None:
     print(f"kill {kills}: {moments[-1]}", flush=True)
   if _start(a.config, overrides, broken).wait():
     raise RuntimeError(f"the last run failed; see {out / 'broken.log'}")
-  ends = [load_arrays(folder / "model" / "params.npz") for folder in (unbroken, broken)]
+  config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
+  like, ends = task(config).state(config), []
+  for folder in (unbroken, broken):
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+      ends.append(flatten(checkpoints.restore(like)[0]))
   differ = [name for name in ends[0] if not np.array_equal(ends[0][name], ends[1][name])]
   record = run_record({"config": a.config, "overrides": overrides}, kills=moments, arrays=len(ends[0]), differ=differ)
   write_json_atomic(out / "kill.json", record)

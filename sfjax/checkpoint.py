@@ -220,7 +220,7 @@ def load_params(directory, like: dict, flag: str = "--checkpoint") -> dict:
   """
   steps = _steps(directory, flag)
   if steps:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with Checkpoints(steps) as checkpoints:
       return checkpoints.restore_params(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)

@@ -67,9 +67,11 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """Optimisation. `steps` counts optimiser steps; stages are fractions of it; `init` is a model folder to start from.
+  """Optimisation. `steps` counts batches; stages are fractions of it; `init` is a model folder to start from.
 
   Attributes:
+    accumulate: batches to an optimiser's step. shift, context_noise, p_context_noise, p_known, p_drop_prompt: of teacher
+      forcing.
     optimizer: "adamw", or "muon" for the matrices of the blocks with AdamW for the rest; `lr` fits both (equal update RMS).
     warmup: steps of linear warm-up. decay: last fraction of the steps, in which the rate falls linearly to a twentieth.
     betas: of Adam. patience: after so many steps in a row without a finite gradient, which change nothing, a run stops.

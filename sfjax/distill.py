@@ -59,12 +59,10 @@ def noised(keys: Key[Array, "B"], x: Float[Array, "B T h w C"], shift: float):
   return add_noise(x, noise, sigma), sigma, noise
 
 
-def generator_loss(
-  keys: Key[Array, "B"], x: Float[Array, "B T h w C"], real: Denoiser, fake: Denoiser, shift: float = 5.0
-):
+def dmd_loss(keys: Key[Array, "B"], x: Float[Array, "B T h w C"], real: Denoiser, fake: Denoiser, shift: float = 5.0):
   """Half the squared distance of x to where x would go; its gradient in x is (fake - real) / mean |x - real| / x.size.
 
-  Returns the loss and metrics: how large that direction is, and how many clips had one that is not finite (they get none).
+  Returns the loss and metrics: how large that direction is, and the share of clips whose is not finite (they get none).
   """
   constant = jax.lax.stop_gradient(x)
   noisy, sigma, _ = noised(keys, constant, shift)
@@ -74,13 +72,13 @@ def generator_loss(
   finite = jnp.isfinite(direction).all((1, 2, 3, 4), keepdims=True)
   direction = jnp.where(finite, direction, 0)
   loss = 0.5 * ((x - (constant - direction)) ** 2).mean()
-  return loss, {"direction": jnp.abs(direction).mean(), "not_finite": (~finite).sum()}
+  return loss, {"direction": jnp.abs(direction).mean(), "not_finite": (~finite).mean()}
 
 
 def sid_loss(keys: Key[Array, "B"], x: Float[Array, "B T h w C"], real: Denoiser, fake: Denoiser, shift: float = 5.0):
   """Score identity distillation (self_forcing section 4.7, alpha = 1); its gradient passes through both denoisers.
 
-  Its value is the mean of (real - fake) (fake - x) / mean |x - real|. Returns the loss and metrics as `generator_loss` does,
+  Its value is the mean of (real - fake) (fake - x) / mean |x - real|. Returns the loss and metrics as `dmd_loss` does,
   but a clip that is not finite makes the whole gradient so.
   """
   noisy, sigma, _ = noised(keys, x, shift)
@@ -88,10 +86,10 @@ def sid_loss(keys: Key[Array, "B"], x: Float[Array, "B T h w C"], real: Denoiser
   scale = jax.lax.stop_gradient(jnp.abs(x - real_x0).mean((1, 2, 3, 4), keepdims=True))
   gap = (real_x0 - fake_x0) / scale
   clips = (gap * (fake_x0 - x)).mean((1, 2, 3, 4))
-  return clips.mean(), {"direction": jnp.abs(gap).mean(), "not_finite": (~jnp.isfinite(clips)).sum()}
+  return clips.mean(), {"direction": jnp.abs(gap).mean(), "not_finite": (~jnp.isfinite(clips)).mean()}
 
 
-STUDENT_LOSSES = {"dmd": generator_loss, "sid": sid_loss}
+STUDENT_LOSSES = {"dmd": dmd_loss, "sid": sid_loss}
 
 
 def critic_loss(

@@ -66,7 +66,7 @@ def teacher_forced(
     jnp.concatenate([jnp.arange(n - 1), jnp.arange(n)]),
     rollout.text_kv(model, params["dit"], text),
     parallel_attention(model, stage_memory(config.memory, stage), n, later=min(config.memory.window, n)),
-    jax.vmap(jax.random.key_data)(jax.random.split(key, model.layers)),
+    jax.vmap(jax.random.key_data)(jax.random.split(jax.random.fold_in(key, 2**31 - 1), model.layers)),
   )
   return out[:, n - 1 :], plan.importance_loss.mean()
 

@@ -76,7 +76,7 @@ class Pairs:
         f"config.data.path: {path} lacks {len(missing)} of {len(files)} shards, first {missing[0]}; the same sfjax.ode "
         "command makes them"
       )
-    if not np.allclose(card["sigmas"], sampler.sigmas, atol=1e-6):
+    if len(card["sigmas"]) != len(sampler.sigmas) or not np.allclose(card["sigmas"], sampler.sigmas, atol=1e-6):
       raise UserError(f"config.sampler: its levels are {sampler.sigmas.tolist()}; {path} holds {card['sigmas']}")
     self._records = grain.sources.ArrayRecordDataSource([str(f) for f in files])
 
@@ -89,7 +89,11 @@ class Pairs:
 
 
 def source(config: Config, stage: Stage) -> Source:
-  """The trajectories at config.data.path."""
+  """The trajectories at config.data.path.
+
+  Raises:
+    UserError: as `Pairs`, or clips of another length than the stage's.
+  """
   pairs = Pairs(config.data.path, config.sampler)
   latents = pairs[0]["states"].shape[1]
   if latents != stage.chunks * config.model.chunk_frames or stage.firsts:
@@ -100,9 +104,8 @@ def source(config: Config, stage: Stage) -> Source:
 
 
 def inputs(config: Config, batch: dict):
-  """A batch of the loader as arrays."""
-  words = WordEncoder(config.model.text_len, config.model.text_dim).tokens(batch["caption"], "caption")
-  return batch["states"], words
+  """A batch of the loader as arrays: (states float16 [B,K+1,T,h,w,C], words int32 [B,M])."""
+  return batch["states"], teacher_forcing.words(config, batch["caption"])
 
 
 def loss(config: Config, stage: Stage, params: dict, inputs, key: Array, index):
@@ -118,7 +121,7 @@ def loss(config: Config, stage: Stage, params: dict, inputs, key: Array, index):
   out, aux = teacher_forced(config, stage, params, clean[:, :-1], quiet, noisy, sigma, words, key)
   error = ((to_x0(model, out, noisy, sigma) - clean) ** 2).mean()
   total = error + config.train.importance_weight * aux
-  return total, {"loss": total, "flow": error, "importance": aux}
+  return total, {"loss": total, "x0_error": error, "importance": aux}
 
 
 step = functools.partial(teacher_forcing.step, of=loss)
@@ -147,7 +150,11 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--pairs: {a.pairs} is not a multiple of --batch {a.batch}")
   config = to_dataclass(Config, load_config(a.checkpoint), "--checkpoint: config")
   params, model = load_params(a.checkpoint, abstract_model(config)), config.model
-  sampler = SamplerConfig("euler", a.steps, a.shift or config.sampler.shift, a.guidance or config.sampler.guidance)
+  given = {name: getattr(a, name) for name in ("shift", "guidance") if getattr(a, name) is not None}
+  try:
+    sampler = dataclasses.replace(config.sampler, kind="euler", steps=a.steps, **given)
+  except ValueError as e:
+    raise UserError(f"--{e}") from e
   prompts = Prompts(teacher_forcing.source(config, config.train.stages[0]))
   encoder = WordEncoder(model.text_len, model.text_dim)
 
@@ -177,7 +184,7 @@ def main(argv: list[str]) -> None:
     if (out / _shard(shard)).is_file():
       continue
     index = np.arange(shard * a.batch, (shard + 1) * a.batch)
-    captions = [prompts[a.seed * 2**24 + int(i)]["caption"] for i in index]
+    captions = [prompts[(a.seed * 2**24 + int(i)) % len(prompts)]["caption"] for i in index]
     states = np.asarray(make(params, encoder.tokens(captions, "caption"), index))
     with replacing(out / _shard(shard)) as part:
       writer = ArrayRecordWriter(str(part), "group_size:1")

@@ -12,16 +12,17 @@ from sfjax.config import TrainConfig
 
 
 def learning_rate(t: TrainConfig) -> optax.Schedule:
-  """Linear warm-up, constant, linear decay to a twentieth."""
-  warmup = min(t.warmup, t.steps - 1)
-  decay = max(1, min(round(t.decay * t.steps), t.steps - warmup))
+  """Linear warm-up, constant, linear decay to a twentieth, over the optimiser's steps: every `accumulate`-th of the run's."""
+  steps = max(1, t.steps // t.accumulate)
+  warmup = min(t.warmup, steps - 1)
+  decay = max(1, min(round(t.decay * steps), steps - warmup))
   return optax.join_schedules(
     [
       optax.linear_schedule(0.0, t.lr, warmup),
       optax.constant_schedule(t.lr),
       optax.linear_schedule(t.lr, 0.05 * t.lr, decay),
     ],
-    [warmup, t.steps - decay],
+    [warmup, steps - decay],
   )
 
 
@@ -30,10 +31,14 @@ def _is_matrix(path, x) -> bool:
   return getattr(path[-1], "key", None) == "kernel"
 
 
+def matrices(params):
+  """Which parameters decay, in the structure of `params`."""
+  return jax.tree_util.tree_map_with_path(_is_matrix, params)
+
+
 def optimizer(t: TrainConfig) -> optax.GradientTransformation:
   """AdamW or Muon with the schedule of `learning_rate` and clipping; matrices alone decay."""
   (b1, b2), rate = t.betas, learning_rate(t)
-  matrices = lambda p: jax.tree_util.tree_map_with_path(_is_matrix, p)
   if t.optimizer == "adamw":
     tx = optax.adamw(rate, b1=b1, b2=b2, weight_decay=t.weight_decay, mask=matrices)
   else:
@@ -66,7 +71,7 @@ def skipped(opt) -> Int32[Array, ""]:
   return opt.notfinite_count
 
 
-def averaged(decay: float, step: Int32[Array, ""], ema, params):
-  """The running average after one more step; the first steps weigh more."""
-  decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+def averaged(decay: float, step: Int32[Array, ""], ema, params, opt):
+  """The running average after one more step; the first steps weigh more, a step that `opt` skipped not at all."""
+  decay = jnp.where(skipped(opt) > 0, 1.0, jnp.minimum(decay, (1.0 + step) / (10.0 + step)))
   return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)

@@ -21,7 +21,7 @@ from sfjax.data.loader import Prompts, Source
 from sfjax.errors import UserError
 from sfjax.model import ModelConfig
 from sfjax.objective import clip_keys
-from sfjax.optimizer import averaged, only_finite, optimizer, skipped
+from sfjax.optimizer import averaged, matrices, only_finite, optimizer, skipped
 from sfjax.text import WordEncoder
 
 _FLAG = "config.distill.teacher"
@@ -59,24 +59,32 @@ def source(config: Config, stage: Stage) -> Source:
   """The prompts of clips as a stage of teacher forcing has them, as short as such clips can be.
 
   Raises:
-    UserError: rollouts shorter than what the teacher judges, or one-chunk clips beside them.
+    UserError: rollouts shorter than what the teacher judges, one-chunk clips beside them, a dense stage, accumulated
+      gradients, or a sampler that is not a student's.
   """
-  least = judged_chunks(config)
-  if stage.chunks < least or stage.firsts:
-    what = f"chunks {stage.chunks}, firsts {stage.firsts}"
-    raise UserError(f"config.train.stages: {what}; with a teacher want chunks of at least {least} and firsts 0")
+  least, sampler = judged_chunks(config), config.sampler
+  if stage.chunks < least or stage.firsts or stage.dense:
+    what = f"chunks {stage.chunks}, firsts {stage.firsts}, dense {stage.dense}"
+    raise UserError(
+      f"config.train.stages: {what}; with a teacher want chunks of at least {least}, firsts 0, dense False"
+    )
+  if sampler.kind != "few_step" or sampler.guidance != 1:
+    what = f"kind {sampler.kind}, guidance {sampler.guidance}"
+    raise UserError(f"config.sampler: {what}; with a teacher want few_step and guidance 1")
+  if config.train.accumulate != 1:
+    raise UserError(f"config.train.accumulate: {config.train.accumulate}; with a teacher want 1")
   return Prompts(teacher_forcing.source(config, dataclasses.replace(stage, chunks=least)))
 
 
 def inputs(config: Config, batch: dict):
-  """A batch of the loader as arrays."""
-  return WordEncoder(config.model.text_len, config.model.text_dim).tokens(batch["caption"], "caption")
+  """A batch of the loader as an array: words int32 [B,M]."""
+  return teacher_forcing.words(config, batch["caption"])
 
 
 def critic_optimizer(config: Config) -> optax.GradientTransformation:
   """AdamW without a schedule, clipped as the student's."""
   (b1, b2), t = config.train.betas, config.train
-  adam = optax.adamw(config.distill.critic_lr, b1=b1, b2=b2, weight_decay=t.weight_decay)
+  adam = optax.adamw(config.distill.critic_lr, b1=b1, b2=b2, weight_decay=t.weight_decay, mask=matrices)
   return only_finite(optax.chain(optax.clip_by_global_norm(t.clip), adam))
 
 
@@ -117,22 +125,28 @@ def student_rollout(config: Config, params: dict, words, key, samples, silent, e
   return latents.reshape(latents.shape[0], -1, *latents.shape[3:]), looks
 
 
-def student_loss(config: Config, params: dict, critic: dict, teacher: dict, words, key, index, silent, exit_step):
-  """The generator's loss and the importance head's: (loss, (metrics, latents))."""
+def student_loss(config: Config, params: dict, critic: dict, teacher: dict, words, keys, index, silent, exit_step):
+  """The generator's loss and the importance head's: (loss, (metrics, latents [B,T,h,w,C])).
+
+  Args:
+    keys: of the rollout's noise and of the judges'. index: places of the clips in the step's whole batch.
+  """
   model, d = teacher_model(config), config.distill
-  x, looks = student_rollout(config, params, words, key, index, silent, exit_step)
+  play, judge = keys
+  x, looks = student_rollout(config, params, words, play, index, silent, exit_step)
   kv = functools.partial(_text_kv, model)
   real = distill.denoiser(model, teacher["dit"], kv(teacher, words), kv(teacher, jnp.zeros_like(words)), d.guidance)
   fake = distill.denoiser(model, critic["dit"], kv(critic, words))
-  value, metrics = distill.STUDENT_LOSSES[d.loss](clip_keys(jax.random.fold_in(key, 1), index), x, real, fake, d.shift)
+  value, metrics = distill.STUDENT_LOSSES[d.loss](clip_keys(judge, index), x, real, fake, d.shift)
   aux = jnp.zeros(())
   if config.memory.importance == "learned":
     aux = rollout.head_loss(config.model, config.memory, params["dit"], looks)
-  return value + config.train.importance_weight * aux, (metrics | {"importance": aux}, x)
+  total = value + config.train.importance_weight * aux
+  return total, (metrics | {"loss": total, "importance": aux}, x)
 
 
 def critic_loss(config: Config, critic: dict, words, keys, x):
-  """The critic's loss on a student's latents."""
+  """The critic's loss on a student's latents x [B,T,h,w,C]; keys: one for each clip."""
   model = teacher_model(config)
   kv = _text_kv(model, critic, words)
   output = lambda y, sigma: distill.whole_clip(model, critic["dit"], kv, y, sigma)
@@ -146,13 +160,13 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, bat
   """
   ((words, index),) = batches
   key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
-  coin, length, leave, rest = jax.random.split(key, 4)
+  coin, length, leave, play, judge, critic_key = jax.random.split(key, 6)
   spare = stage.chunks - judged_chunks(config)
   silent = jax.random.randint(length, (), 1, spare + 1) * jax.random.bernoulli(coin) if spare else 0
   exit_step = jax.random.randint(leave, (), 0, config.sampler.steps)
 
   def of_student(params, critic, teacher, words, index):
-    of = lambda p: student_loss(config, p, critic, teacher, words, rest, index, silent, exit_step)
+    of = lambda p: student_loss(config, p, critic, teacher, words, (play, judge), index, silent, exit_step)
     (_, (metrics, x)), grads = jax.value_and_grad(of, has_aux=True)(params)
     return jax.lax.pmean((metrics, grads), AXES), x
 
@@ -175,9 +189,13 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, bat
     updates, opt = critic_optimizer(config).update(grads, opt, critic)
     return (optax.apply_updates(critic, updates), opt), loss
 
-  keys = jax.random.split(jax.random.fold_in(rest, 2**31 - 1), config.distill.critic_updates)
+  keys = jax.random.split(critic_key, config.distill.critic_updates)
   (critic, critic_opt), losses = jax.lax.scan(learn, (state["critic"], state["critic_opt"]), keys)
-  metrics |= {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads), "rollout": judged_chunks(config) + silent}
-  metrics["skipped"] = jnp.maximum(skipped(opt), skipped(critic_opt))
+  metrics |= {
+    "critic_loss": losses.mean(),
+    "grad_norm": optax.tree.norm(grads),
+    "rollout": judged_chunks(config) + silent,
+  }
+  metrics["skipped"] = jnp.maximum(skipped(opt), -(-skipped(critic_opt) // len(keys)))  # in steps
   new = {"step": state["step"] + 1, "params": params, "opt": opt, "critic": critic, "critic_opt": critic_opt}
-  return new | {"ema": averaged(config.train.ema, state["step"], state["ema"], params)}, metrics
+  return new | {"ema": averaged(config.train.ema, state["step"], state["ema"], params, opt)}, metrics

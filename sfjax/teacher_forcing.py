@@ -38,7 +38,11 @@ def init_model(config: Config) -> dict:
 
 
 def source(config: Config, stage: Stage) -> Source:
-  """The stage's clips."""
+  """The stage's clips.
+
+  Raises:
+    UserError: an unknown source, no path where one is needed, or a size that digits do not have.
+  """
   data, frames = config.data, frames_of_chunks(stage.chunks)
   size = tuple(n * DigitsCodec().space for n in config.model.latent_size)
   if data.source == "folder":
@@ -46,7 +50,7 @@ def source(config: Config, stage: Stage) -> Source:
       raise UserError("config.data.path: ''; want the folder of the videos")
     return VideoFolder(data.path, size, data.fps, frames)
   if data.source != "digits":
-    raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder, ode")
+    raise UserError(f"config.data.source: {data.source!r}; accepted here are digits, folder")
   if size != (SIZE, SIZE):
     want = SIZE // DigitsCodec().space
     raise UserError(f"config.model.latent_size: {config.model.latent_size}; digits want ({want}, {want})")
@@ -58,9 +62,14 @@ def source(config: Config, stage: Stage) -> Source:
   return DigitsSource(prompt, memory, stage.p_memory, config.train.seed)
 
 
+def words(config: Config, captions: list[str]):
+  """Word ids of captions, int32 [B,M]."""
+  return WordEncoder(config.model.text_len, config.model.text_dim).tokens(captions, "caption")
+
+
 def inputs(config: Config, batch: dict):
-  """A batch of the loader as arrays."""
-  return batch["frames"], WordEncoder(config.model.text_len, config.model.text_dim).tokens(batch["caption"], "caption")
+  """A batch of the loader as arrays: (frames uint8 [B,F,h,w,3], words int32 [B,M])."""
+  return batch["frames"], words(config, batch["caption"])
 
 
 def fixed(config: Config):
@@ -111,6 +120,6 @@ def step(
   metrics, grads = gradient(state["params"], state["step"], batches)
   updates, opt = optimizer(config.train).update(grads, state["opt"], state["params"])
   params = optax.apply_updates(state["params"], updates)
-  ema = averaged(config.train.ema, state["step"], state["ema"], params)
+  ema = averaged(config.train.ema, state["step"], state["ema"], params, opt)
   metrics |= {"grad_norm": optax.tree.norm(grads), "skipped": skipped(opt)}
   return {"step": state["step"] + 1, "params": params, "ema": ema, "opt": opt}, metrics

@@ -24,8 +24,8 @@ from sfjax.errors import UserError
 from sfjax.metrics import MetricWriter
 from sfjax.runlog import make_folder, peak_memory, run_record, write_json_atomic
 
-_DATA_SEED = 1000  # clips of stage i come from stream 1000 * seed + i
-# What a rerun may change: how long, how often, how many helpers; the rest would make it another experiment.
+_DATA_SEED = 1000  # the clips of stage i come in the order of seed 1000 * train.seed + i
+# What a rerun may change: how long, how often, how many workers; the rest would make it another experiment.
 _FREE = {
   f"train.{key}"
   for key in ("steps", "log_every", "save_every", "keep_last", "keep_every", "threads", "workers", "fsdp")
@@ -178,7 +178,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
     finally:
       checkpoints.close()
   ema = cluster.gathered(mesh, state["ema"])
-  if first_host:
+  if first_host and (needs or not (workdir / "model").is_dir()):  # a rerun of a finished run leaves its records alone
     card = run_record(
       to_dict(config),
       steps=step,

@@ -85,8 +85,8 @@ def test_two_scores_alike_leave_the_student_alone(teacher, words):
   @jax.jit
   @jax.grad
   def gradient(params, critic):
-    key = jax.random.key(0)
-    return self_forcing.student_loss(config, params, critic, fixed, words, key, jnp.arange(B), 0, 1)[0]
+    keys = jax.random.split(jax.random.key(0))
+    return self_forcing.student_loss(config, params, critic, fixed, words, keys, jnp.arange(B), 0, 1)[0]
 
   alike, apart = gradient(params, fixed), gradient(params, jax.tree.map(lambda x: 1.1 * x, fixed))
   of = lambda grads, head: {n for n, x in checkpoint.named(grads).items() if np.any(x) and ("importance" in n) == head}
@@ -142,7 +142,16 @@ def test_a_teacher_that_does_not_fit(teacher, change, line):
     self_forcing.teacher_model(change(make(teacher)))
 
 
-@pytest.mark.parametrize("stage", [Stage(1.0, chunks=2, batch=2), Stage(1.0, chunks=3, batch=2, firsts=2)])
-def test_a_stage_that_does_not_fit(teacher, stage):
-  with pytest.raises(UserError, match=r"config.train.stages: .*want chunks of at least 3 and firsts 0"):
-    self_forcing.source(make(teacher), stage)
+@pytest.mark.parametrize(
+  ("change", "stage", "line"),
+  [
+    ({}, Stage(1.0, chunks=2, batch=2), r"stages: chunks 2, .*; with a teacher want chunks of at least 3, firsts 0"),
+    ({}, Stage(1.0, chunks=3, batch=2, firsts=2), "stages: chunks 3, firsts 2"),
+    ({}, Stage(1.0, chunks=3, batch=2, dense=True), "dense True; with a teacher want .*dense False"),
+    (dict(sampler=SamplerConfig("few_step", 2, guidance=6.0)), STAGE, "config.sampler: kind few_step, guidance 6.0"),
+    (dict(train=TrainConfig(4, (STAGE,), accumulate=2)), STAGE, "config.train.accumulate: 2; with a teacher want 1"),
+  ],
+)
+def test_what_does_not_fit_a_teacher(teacher, change, stage, line):
+  with pytest.raises(UserError, match=line):
+    self_forcing.source(dataclasses.replace(make(teacher), **change), stage)
