@@ -12,7 +12,6 @@ import numpy as np
 
 from sfjax import checkpoint, ledger, sampling
 from sfjax.config import to_dict
-from sfjax.data.digits import chunk_of_frame, first_frame
 from sfjax.errors import Parser, UserError
 from sfjax.memory import KVMemory, held_bytes
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
@@ -115,13 +114,14 @@ def run(argv: list[str]) -> None:
     else:
       a.prompts = [told]
   done = int(state.chunk[0]) if state else 0
-  behind = first_frame(done)  # frames of the video that are made already
+  behind = sampler.first_frame(done)  # frames of the video that are made already
   frames = max(1, round(a.seconds * fps))
   if a.save_state:  # what the state knows is in the video, so that nothing is lost between the two
-    frames = first_frame(chunk_of_frame(behind + frames - 1) + 1) - behind
-  schedule = {chunk_of_frame(behind + round(s * fps)): [text] for s, text in sorted(a.schedule.items()) if s > 0}
+    frames = sampler.first_frame(sampler.chunk_of_frame(behind + frames - 1) + 1) - behind
+  schedule = {
+    sampler.chunk_of_frame(behind + round(s * fps)): [text] for s, text in sorted(a.schedule.items()) if s > 0
+  }
   out = make_folder(a.out, "--out")
-  whole_chunk = first_frame(2) - first_frame(1)
   videos = []
   for i, prompt in enumerate(a.prompts):
     memory = state or sampler.start([prompt], a.seed)
@@ -147,7 +147,9 @@ def run(argv: list[str]) -> None:
         "seconds": round(total, 3),
         "first_frame": round(first, 3),
         "fps_end_to_end": round(frames / total, 2),
-        "fps_denoiser": round(whole_chunk / np.median([t for t, _ in times[1:] or times]), 2) if times else None,
+        "fps_denoiser": round(sampler.chunk_length / np.median([t for t, _ in times[1:] or times]), 2)
+        if times
+        else None,
         "chunk_times": latency([t for _, t in times]) if times else None,
       }
     )

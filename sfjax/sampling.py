@@ -60,6 +60,19 @@ class Sampler:
     self.size = tuple(n * self.parts.codec.space for n in config.model.latent_size)
 
   @property
+  def chunk_length(self) -> int:
+    """Frames of every chunk but the first, whose first latent is a single frame."""
+    return self.config.model.chunk_frames * self.parts.codec.time
+
+  def first_frame(self, chunk: int) -> int:
+    """The first frame of a chunk."""
+    return max(0, chunk * self.chunk_length - self.parts.codec.time + 1)
+
+  def chunk_of_frame(self, frame: int) -> int:
+    """The chunk that a frame belongs to."""
+    return (frame + self.parts.codec.time - 1) // self.chunk_length
+
+  @property
   def kv_bytes(self) -> dict[str, int]:
     """Predicted memory of one video, both guidance rows included."""
     return memory_bytes(self.config.model, self.config.memory, 2 if self.config.sampler.guidance != 1 else 1)

@@ -50,7 +50,9 @@ def source(config: Config, stage: Stage) -> Source:
       raise UserError("config.data.path: ''; want the folder of the videos")
     return VideoFolder(data.path, size, data.fps, frames)
   if data.source != "digits":
-    raise UserError(f"config.data.source: {data.source!r}; accepted here are digits, folder")
+    if data.source == "ode":
+      raise UserError("config.data.source: ode holds trajectories, not clips; want digits or folder")
+    raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder, ode")
   if size != (SIZE, SIZE):
     want = SIZE // DigitsCodec().space
     raise UserError(f"config.model.latent_size: {config.model.latent_size}; digits want ({want}, {want})")

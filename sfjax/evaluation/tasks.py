@@ -57,9 +57,7 @@ def _join(plan: Plan, parts: list):
 
 def prompt_chunks(arm: Arm, seconds: list[float]) -> int:
   """Chunks an arm makes for every batch of the prompt task; a bidirectional model's chunk is a whole clip."""
-  time = arm.sampler.parts.codec.time
-  frames = round(max(seconds) * FPS) + time - 1  # the first latent is one frame
-  return -(-frames // (time * arm.config.model.chunk_frames))
+  return arm.sampler.chunk_of_frame(round(max(seconds) * FPS) - 1) + 1
 
 
 def prompt_task(plan: Plan, arms: list[Arm], classifier: dict, seconds: list[float]) -> Scores:
