@@ -18,7 +18,7 @@ from sfjax.config import Config, load_config, to_dataclass
 from sfjax.errors import UserError
 
 STEPS = 3
-CHANGES = dict(steps=STEPS, log_every=1, save_every=2, warmup=1, threads=1, lr=1e-2)
+CHANGES = dict(steps=STEPS, log_every=1, save_every=2, warmup=1, threads=1, lr=1e-3)
 SCRIPT = """
 import dataclasses, sys
 import jax
