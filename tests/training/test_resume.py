@@ -40,7 +40,7 @@ def unbroken(config, tmp_path_factory):
 
 
 def test_ctrl_c_saves_and_the_resumed_run_equals_the_unbroken_one(config, unbroken, tmp_path, monkeypatch, capsys):
-  advance, steps = MetricWriter.advance, []
+  advance, steps, handler = MetricWriter.advance, [], signal.getsignal(signal.SIGINT)
 
   def interrupt(self):
     advance(self)
@@ -52,7 +52,7 @@ def test_ctrl_c_saves_and_the_resumed_run_equals_the_unbroken_one(config, unbrok
     m.setattr(MetricWriter, "advance", interrupt)
     training.train(config, tmp_path)
   assert f"saved step 2 in {tmp_path / 'checkpoints'}" in capsys.readouterr().out
-  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert signal.getsignal(signal.SIGINT) is handler
   model = training.train(config, tmp_path)
   assert (model / "params.npz").is_file()
   state, meta = final_state(config, tmp_path)
