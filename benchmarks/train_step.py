@@ -4,7 +4,6 @@ python -m benchmarks.train_step --config configs/digits.py:base --seconds 500
 """
 
 import argparse
-import functools
 import json
 import sys
 import time
@@ -26,16 +25,19 @@ def main(argv: list[str]) -> None:
   p.add_argument("--trace", help="write a profile of three steps of every stage into this folder")
   a = p.parse_args(rest)
   config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
-  task = training.task(config)
+  task, mesh = training.task(config), cluster.make_mesh(config.train.fsdp)
   mean, start, compile_total = 0.0, 0.0, 0.0
   for stage in config.train.stages:
     state, fixed = task.state(config), task.fixed(config)
+    where = cluster.shardings(mesh, state)
+    state, fixed = cluster.place(state, where), cluster.place(fixed, cluster.whole(mesh, fixed))
     loaders = [make_loader(task.source(config, part), part.batch, 0) for part in stage.parts]
     batches = [
       (task.inputs(config, next(loader)), cluster.places(part.batch))
       for loader, part in zip(loaders, stage.parts, strict=True)
     ]
-    step = jax.jit(functools.partial(task.step, config, stage, cluster.make_mesh(config.train.fsdp)), donate_argnums=0)
+    batches = cluster.share(mesh, batches)
+    step = training.jitted_step(config, stage, mesh, where)
     began = time.perf_counter()
     state, m = step(state, fixed, batches)
     m["loss"].block_until_ready()

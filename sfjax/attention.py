@@ -69,7 +69,7 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
     aux = Read(q_pooled, ids, counts) if keep else None
     if commit:
       nb = layout.blocks
-      own = jax.lax.dynamic_slice_in_dim(m.pooled, cfg.persistent + (m.chunk % cfg.window) * nb, nb, 1)
+      own = jax.lax.dynamic_slice_in_dim(m.pooled, kv.ring_block(model, cfg, m.chunk), nb, 1)
       score = kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled)
       aux = kv.Commit(*((k, v) if slots is None else (None, None)), own, score)
     out = layout.unpack(block.self_attn.out(out))[:, None]

@@ -103,14 +103,14 @@ def held_bytes(m: KVMemory) -> int:
   return sum(x.size * x.dtype.itemsize for x in (m.k, m.v, m.pooled))
 
 
-def _ring_block(model: ModelConfig, cfg: MemoryConfig, chunk) -> Array:
+def ring_block(model: ModelConfig, cfg: MemoryConfig, chunk) -> Array:
   """First block of a chunk's ring slot."""
   return cfg.persistent + (chunk % cfg.window) * model.layout.blocks
 
 
 def _resident(model: ModelConfig, cfg: MemoryConfig, chunk) -> Int32[Array, "R"]:
   """Blocks in the order of the resident view: P, then the window's chunks, oldest first."""
-  first = _ring_block(model, cfg, chunk + 1 + jnp.arange(cfg.window))
+  first = ring_block(model, cfg, chunk + 1 + jnp.arange(cfg.window))
   window = first[:, None] + jnp.arange(model.layout.blocks)
   return jnp.concatenate([jnp.arange(cfg.persistent), window.reshape(-1)])
 
@@ -123,7 +123,7 @@ def _own_origin(model: ModelConfig, chunk) -> Int32[Array, "nb"]:
 def begin_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> KVMemory:
   """Evicts the oldest chunk of a full window, updates P, and gives its ring slot to the chunk that begins. One layer."""
   nb, c = model.layout.blocks, cfg.persistent
-  first = _ring_block(model, cfg, m.chunk)
+  first = ring_block(model, cfg, m.chunk)
   if c:
     order = _resident(model, cfg, m.chunk - 1)
     content = block_content(m.v, model.layout)[:, order]
@@ -157,7 +157,7 @@ def write_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, k, v, layer=
 
   With `layer`, m.k and m.v are those of all layers.
   """
-  first = _ring_block(model, cfg, m.chunk)
+  first = ring_block(model, cfg, m.chunk)
   pooled = _put(m.pooled, pool_keys(k, model.layout, cfg.route_parts), first)
   return m.replace(k=_put(m.k, k, first * BLOCK, layer), v=_put(m.v, v, first * BLOCK, layer), pooled=pooled)
 
@@ -168,7 +168,7 @@ def write_projections(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, unfini
   Returns:
     m, q in slots, and what `pool_queries` finds of q and `block_content` of v. For cfg.route_parts = 1.
   """
-  layout, first = model.layout, _ring_block(model, cfg, m.chunk)
+  layout, first = model.layout, ring_block(model, cfg, m.chunk)
   products, vectors = unfinished
   q, k_slots, v_slots, means = to_slots(
     *products, vectors, *turn, m.k, m.v, layer, first, valid=layout.valid, eps=model.eps
@@ -188,7 +188,7 @@ def _put(old: Float[Array, "*L B S N H"], new: Float[Array, "B s N H"], at, laye
 def route(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, q_pooled: Float[Array, "B Q I N H"]):
   """Lists for `pbsa` of the current chunk: (block ids int32 [B,N,Q,Kmax], counts int32 [B,N,Q]). One layer."""
   c = cfg.persistent
-  own = _ring_block(model, cfg, m.chunk) - c
+  own = ring_block(model, cfg, m.chunk) - c
   valid = m.origin[0, 0, c:] >= 0
   ids, counts = route_window(cfg, model.layout, q_pooled, m.pooled[:, c:], valid, m.chunk, own)
   return c + ids, counts
@@ -226,7 +226,7 @@ def resident_scores(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, head, ow
 
 def commit_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, update: Commit) -> KVMemory:
   """Writes the chunk's final K/V, pooled keys and everyone's new scores, and moves on to the next chunk. One layer."""
-  order, first = _resident(model, cfg, m.chunk), _ring_block(model, cfg, m.chunk)
+  order, first = _resident(model, cfg, m.chunk), ring_block(model, cfg, m.chunk)
   if update.k is not None:
     m = m.replace(k=_put(m.k, update.k, first * BLOCK), v=_put(m.v, update.v, first * BLOCK))
   score = m.score.at[:, :, order].set(update.score)

@@ -44,6 +44,12 @@ def cut(model: ModelConfig, keys: Array, latents: Float[Array, "B T h w C"]) -> 
   return latents.reshape(latents.shape[0], n, model.chunk_frames, *latents.shape[2:])
 
 
+def text_kv(model: ModelConfig, params: dict, words: Int32[Array, "B M"]):
+  """Cross-attention K/V of captions, [L,B,M,N,H] twice; params: {"dit", "text"}."""
+  text = WordEncoder(model.text_len, model.text_dim).encode(params["text"], words)
+  return rollout.text_kv(model, params["dit"], text)
+
+
 def teacher_forced(
   config: Config,
   stage: Stage,
@@ -57,14 +63,13 @@ def teacher_forced(
 ) -> tuple[Float[Array, "B n F h w C"], Float[Array, ""]]:
   """The network's output for noisy chunks that read a clean context of that noise level, and the importance head's loss."""
   model, n = config.model, noisy.shape[1]
-  text = WordEncoder(model.text_len, model.text_dim).encode(params["text"], words)
   out, _, plan = rollout.apply(
     model,
     params["dit"],
     jnp.concatenate([context, noisy], 1),
     jnp.concatenate([level, sigma], 1) * TIMESTEPS,
     jnp.concatenate([jnp.arange(n - 1), jnp.arange(n)]),
-    rollout.text_kv(model, params["dit"], text),
+    text_kv(model, params, words),
     parallel_attention(model, stage_memory(config.memory, stage), n, later=min(config.memory.window, n)),
     jax.vmap(jax.random.key_data)(jax.random.split(jax.random.fold_in(key, 2**31 - 1), model.layers)),
   )
@@ -111,8 +116,7 @@ def loss(
   words = jnp.where(uniform(1) < train.p_drop_prompt, 0, words)
   out, aux = teacher_forced(config, stage, params, context, level, noisy, sigma, words, key)
   frames = flow_loss(model, out, noisy, x0, noise, sigma)
-  flow = (
-    jnp.where(known, 0.0, frames).sum((1, 2)) / (~known).sum((1, 2))
-  ).mean()  # a chunk's last frame is never known
+  # A mean by clip; a chunk's last frame is never known.
+  flow = (jnp.where(known, 0.0, frames).sum((1, 2)) / (~known).sum((1, 2))).mean()
   total = flow + train.importance_weight * aux
   return total, {"loss": total, "flow": flow, "importance": aux}

@@ -21,15 +21,14 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Array, Float
 from safetensors.numpy import load, save
 
-from sfjax import distill, rollout, teacher_forcing
+from sfjax import distill, teacher_forcing
 from sfjax.checkpoint import load_config, load_params
 from sfjax.config import Config, Stage, to_dataclass
 from sfjax.data.loader import Prompts, Source
 from sfjax.errors import Parser, UserError, command
 from sfjax.flow import SamplerConfig, to_x0
-from sfjax.objective import clip_keys, teacher_forced
+from sfjax.objective import clip_keys, teacher_forced, text_kv
 from sfjax.runlog import make_folder, replacing, write_json_atomic
-from sfjax.text import WordEncoder
 
 _CARD = "pairs.json"
 abstract_model, fixed, state = teacher_forcing.abstract_model, teacher_forcing.fixed, teacher_forcing.state
@@ -156,11 +155,10 @@ def main(argv: list[str]) -> None:
   except ValueError as e:
     raise UserError(f"--{e}") from e
   prompts = Prompts(teacher_forcing.source(config, config.train.stages[0]))
-  encoder = WordEncoder(model.text_len, model.text_dim)
 
   @jax.jit
   def make(params, words, index):
-    kv = lambda w: rollout.text_kv(model, params["dit"], encoder.encode(params["text"], w))
+    kv = functools.partial(text_kv, model, params)
     shape = (model.chunk_frames, *model.latent_size, model.latent_channels)
     noise = jax.vmap(lambda k: jax.random.normal(k, shape))(clip_keys(jax.random.key(a.seed), index))
     denoise = distill.denoiser(model, params["dit"], kv(words), kv(jnp.zeros_like(words)), sampler.guidance)
@@ -185,7 +183,7 @@ def main(argv: list[str]) -> None:
       continue
     index = np.arange(shard * a.batch, (shard + 1) * a.batch)
     captions = [prompts[(a.seed * 2**24 + int(i)) % len(prompts)]["caption"] for i in index]
-    states = np.asarray(make(params, encoder.tokens(captions, "caption"), index))
+    states = np.asarray(make(params, teacher_forcing.words(config, captions), index))
     with replacing(out / _shard(shard)) as part:
       writer = ArrayRecordWriter(str(part), "group_size:1")
       for caption, row in zip(captions, states, strict=True):

@@ -265,7 +265,7 @@ def self_forcing(
 
     x, memory = jax.lax.fori_loop(0, exit_step, quiet, (noise, memory))
     out, memory, read = pass_over(memory, x, exit_step, keep=True)
-    origins, first = memory.origin, cfg.persistent + (memory.chunk[0] % cfg.window) * nb
+    origins, first = memory.origin, kv.ring_block(model, cfg, memory.chunk[0])
     x0 = to_x0(model, out, x, jnp.full(noise.shape[:2], sigmas[exit_step]))
     memory = commit(model, cfg, fixed, memory, x0, **how)
     own = lambda x, width: jax.lax.dynamic_slice_in_dim(x, first * width, nb * width, 2)

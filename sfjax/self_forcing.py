@@ -19,10 +19,10 @@ from sfjax.cluster import AXES, BATCH
 from sfjax.config import Config, Stage, to_dataclass
 from sfjax.data.loader import Prompts, Source
 from sfjax.errors import UserError
+from sfjax.memory import init_memory
 from sfjax.model import ModelConfig
-from sfjax.objective import clip_keys
+from sfjax.objective import clip_keys, text_kv
 from sfjax.optimizer import averaged, matrices, only_finite, optimizer, skipped
-from sfjax.text import WordEncoder
 
 _FLAG = "config.distill.teacher"
 
@@ -94,22 +94,13 @@ def state(config: Config) -> dict:
   return teacher_forcing.state(config) | {"critic": critic, "critic_opt": critic_optimizer(config).init(critic)}
 
 
-def _text_kv(model: ModelConfig, params: dict, words):
-  """Cross-attention K/V of prompts."""
-  return rollout.text_kv(
-    model, params["dit"], WordEncoder(model.text_len, model.text_dim).encode(params["text"], words)
-  )
-
-
 def student_rollout(config: Config, params: dict, words, key, samples, silent, exit_step):
   """`silent` chunks without gradient, then as many as the teacher judges: (latents [B,T,h,w,C], `rollout.Looks`)."""
   model, cfg, sampler = config.model, config.memory, config.sampler
-  constant = jax.lax.stop_gradient(params)
-  text = WordEncoder(model.text_len, model.text_dim).encode(constant["text"], words)
-  memory = rollout.start(model, cfg, constant["dit"], text, config.train.seed)
-  one = lambda _, m: rollout.rollout_chunk(model, cfg, sampler, constant["dit"], m, key, samples)[1]
-  memory = jax.lax.stop_gradient(jax.lax.fori_loop(0, silent, one, memory))
-  k, v = _text_kv(model, params, words)
+  k, v = text_kv(model, params, words)
+  memory, fixed = jax.lax.stop_gradient((init_memory(model, cfg, (k, v), config.train.seed), params["dit"]))
+  one = lambda _, m: rollout.rollout_chunk(model, cfg, sampler, fixed, m, key, samples, in_place=True)[1]
+  memory = jax.lax.fori_loop(0, silent, one, memory)
   latents, _, looks = rollout.self_forcing(
     model,
     cfg,
@@ -134,7 +125,7 @@ def student_loss(config: Config, params: dict, critic: dict, teacher: dict, word
   model, d = teacher_model(config), config.distill
   play, judge = keys
   x, looks = student_rollout(config, params, words, play, index, silent, exit_step)
-  kv = functools.partial(_text_kv, model)
+  kv = functools.partial(text_kv, model)
   real = distill.denoiser(model, teacher["dit"], kv(teacher, words), kv(teacher, jnp.zeros_like(words)), d.guidance)
   fake = distill.denoiser(model, critic["dit"], kv(critic, words))
   value, metrics = distill.STUDENT_LOSSES[d.loss](clip_keys(judge, index), x, real, fake, d.shift)
@@ -148,7 +139,7 @@ def student_loss(config: Config, params: dict, critic: dict, teacher: dict, word
 def critic_loss(config: Config, critic: dict, words, keys, x):
   """The critic's loss on a student's latents x [B,T,h,w,C]; keys: one for each clip."""
   model = teacher_model(config)
-  kv = _text_kv(model, critic, words)
+  kv = text_kv(model, critic, words)
   output = lambda y, sigma: distill.whole_clip(model, critic["dit"], kv, y, sigma)
   return distill.critic_loss(keys, x, model, output, config.distill.shift)
 

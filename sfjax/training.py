@@ -15,10 +15,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from sfjax import cluster, ode, self_forcing, teacher_forcing
 from sfjax.checkpoint import Checkpoints, export
-from sfjax.config import Config, to_dict
+from sfjax.config import Config, Stage, to_dict
 from sfjax.data.loader import make_loader
 from sfjax.errors import UserError
 from sfjax.metrics import MetricWriter
@@ -45,6 +46,12 @@ def task(config: Config):
   if config.distill.teacher:
     return self_forcing
   return ode if config.data.source == "ode" else teacher_forcing
+
+
+def jitted_step(config: Config, stage: Stage, mesh: Mesh, where):
+  """The task's step, (state, fixed, batches) -> (state, metrics), its state kept at the shardings `where`, in place."""
+  step = functools.partial(task(config).step, config, stage, mesh)
+  return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
 
 
 class StopSignal:
@@ -154,9 +161,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
         batches = [(work.inputs(config, next(loader)), at) for loader, at in zip(loaders, places, strict=True)]
         batches = cluster.share(mesh, batches)
         if advance is None:
-          program = functools.partial(work.step, config, stage, mesh)
-          program = jax.jit(program, donate_argnums=0, out_shardings=(where, None))
-          advance = program.lower(state, fixed, batches).compile()
+          advance = jitted_step(config, stage, mesh, where).lower(state, fixed, batches).compile()
           needs = cluster.step_bytes(advance)
           if first_host:
             print("a step takes on each device: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in needs.items()))

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfjax import checkpoint, ode, teacher_forcing, training
+from sfjax import checkpoint, ode, rollout, teacher_forcing, training
 from sfjax.attention import Parallel
 from sfjax.config import Config, DataConfig, Stage, load_config, to_dataclass, to_dict
 from sfjax.errors import UserError
 from sfjax.flow import SamplerConfig
 from sfjax.routing import MemoryConfig
+from sfjax.text import WordEncoder
 
 FEW = SamplerConfig("few_step", steps=2, shift=5.0)
 
@@ -111,9 +112,9 @@ def test_a_network_that_names_the_clip_scores_zero(config, folder, monkeypatch):
     seen.update(x=x, t=t)
     return jnp.concatenate([x[:, :1], clean + wrong], 1), None, Parallel(None, None, None, jnp.zeros(model.layers))
 
-  monkeypatch.setattr(ode.rollout, "apply", network)
-  monkeypatch.setattr(ode.rollout, "text_kv", lambda *_: None)
-  text = {"text": ode.WordEncoder(16, 64).init(0), "dit": None}
+  monkeypatch.setattr(rollout, "apply", network)
+  monkeypatch.setattr(rollout, "text_kv", lambda *_: None)
+  text = {"text": WordEncoder(16, 64).init(0), "dit": None}
   stage = Stage(1.0, chunks=2, batch=2)
   value = lambda key: ode.loss(config, stage, text, ode.inputs(config, batch), jax.random.key(key), jnp.arange(2))[0]
   assert value(0) == 0

@@ -13,6 +13,7 @@ from sfjax.config import Config, DataConfig, DistillConfig, Stage, TrainConfig, 
 from sfjax.errors import UserError
 from sfjax.flow import SamplerConfig
 from sfjax.routing import MemoryConfig
+from sfjax.text import WordEncoder
 from tests.memory.test_equality import random_params, tiny
 
 B, JUDGED, SILENT = 2, 3, 2
@@ -102,7 +103,7 @@ def test_only_the_last_chunks_of_a_longer_rollout_are_judged(teacher, words):
 
   @jax.jit
   def whole():
-    text = self_forcing.WordEncoder(MODEL.text_len, MODEL.text_dim).encode(params["text"], words)
+    text = WordEncoder(MODEL.text_len, MODEL.text_dim).encode(params["text"], words)
     memory = rollout.start(MODEL, config.memory, params["dit"], text, config.train.seed)
     return rollout.rollout(MODEL, config.memory, config.sampler, params["dit"], memory, key, samples, JUDGED + SILENT)[
       0
