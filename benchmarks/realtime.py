@@ -14,7 +14,7 @@ last 21, and "full", all of the video, or as much as the device holds beside the
 longer is not run, and its row tells the bytes it would take. Dense ones are read by pbsa, all blocks, the library's only way.
 
 Bytes are those of `sfjax.ledger`: predicted from shapes, then measured on the run's arrays; "live" is all that the device
-held at the end. The peak is predicted as what is held and the larger workspace of the two compiled programs; measured it is
+held at the end. The peak is predicted as what is held and the largest workspace of the compiled programs; measured it is
 the highest since the program began, so that memories are best asked for from the smallest on.
 
 --self_forcing DIR times Self-Forcing in PyTorch from a clone, see `benchmarks.self_forcing_peer`; its frames per second with
@@ -152,16 +152,16 @@ def rows_of(parts: Parts, attention: str, seconds: list[float], spare: int) -> t
   config = parts.config
   wanted = {ledger.chunks_of(config, s): s for s in sorted(seconds)}
   longest = fitting(parts, attention, max(wanted), spare)
-  run = {}
-  try:
-    if longest:
+  run, rows = {}, []
+  while longest and not run:
+    try:
       run = {"attention": attention} | measure(parts, memory_of(config, attention, longest), longest)
-      wanted.setdefault(longest, first_frame(longest) / config.data.fps)
-  except jax.errors.JaxRuntimeError as e:
-    if "RESOURCE_EXHAUSTED" not in str(e):
-      raise
-    longest = 0  # it seemed to fit
-  rows = []
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      longest = longest * 4 // 5  # it seemed to fit
+  if run:
+    wanted.setdefault(longest, first_frame(longest) / config.data.fps)
   for chunks, s in sorted(wanted.items()):
     memory = memory_of(config, attention, chunks)
     row = {"attention": attention, "seconds": s, "chunks": chunks, "measured": chunks <= longest}

@@ -18,6 +18,7 @@ SPARSE = MemoryConfig(
   window=2, persistent=16, top_k=0.25, importance="learned", novelty=5.0, rope_cap=30, route_parts=2
 )
 SHIFT = 15.0  # large bright shapes, the same in nine frames: they are decided above sigma 0.9 (NOTES.md)
+CLIP_SHIFT = 40.0  # 21 latents say the same seven times as often as 3: sqrt(7) times the noise decides the same
 MEMORY = {
   "": SPARSE,
   "base": SPARSE,
@@ -51,9 +52,10 @@ def get_config(variant=""):
   if variant == "teacher":  # from a causal model's weights: clips of 24 latents, of which it sees the first or last 21
     stages = (Stage(until=1.0, chunks=8, batch=32, p_memory=0.4, hide=(1, 3)),)
     train = TrainConfig(
-      steps=4000, stages=stages, optimizer="muon", lr=1e-3, shift=SHIFT, p_known=0.0, init="checkpoints/digits"
+      steps=4500, stages=stages, optimizer="muon", lr=1e-3, shift=CLIP_SHIFT, p_known=0.0, init="checkpoints/digits"
     )
-  distill, sampler = DistillConfig(), SamplerConfig(steps=20, shift=SHIFT, guidance=6.0)
+  shift = CLIP_SHIFT if variant == "teacher" else SHIFT
+  distill, sampler = DistillConfig(), SamplerConfig(steps=20, shift=shift, guidance=6.0)
   data = DataConfig()
   if variant == "ode":
     stages = (Stage(until=1.0, chunks=7, batch=32),)
@@ -65,7 +67,9 @@ def get_config(variant=""):
       steps=600, stages=stages, lr=7e-5, betas=(0.0, 0.999), warmup=30, decay=0.3, ema=0.99, log_every=10, save_every=100,
       init="checkpoints/digits",
     )  # fmt: skip
-    distill = DistillConfig(teacher="checkpoints/digits_teacher", guidance=5.0, shift=SHIFT, critic_lr=2e-4)
+    distill = DistillConfig(
+      teacher="checkpoints/digits_teacher", guidance=5.0, shift=30.0, levels=(0.02, 0.995), critic_lr=2e-4
+    )
     sampler = FEW_STEPS
   model = ModelConfig.digits(remat="dots", chunk_frames=21 if variant == "teacher" else 3)
   if variant == "tiny":

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from sfjax.distill import STUDENT_LOSSES
+from sfjax.distill import LEVELS, STUDENT_LOSSES
 from sfjax.errors import UserError
 from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
@@ -135,7 +135,8 @@ class DistillConfig:
   Attributes:
     teacher: folder of a bidirectional model; "" trains on clips, without one. It judges as many latents as its chunk has,
       the last ones of a rollout; a stage's `chunks` are the most that a rollout has.
-    guidance: the teacher's classifier-free guidance weight. shift: of the noise levels that both scores judge at.
+    guidance: the teacher's classifier-free guidance weight.
+    shift: of the noise levels that both scores judge at. levels: the least and the most noise.
     critic_updates: of the fake score, for one of the student. critic_lr: constant.
     loss: of the student, "dmd" or "sid". cache_gradient: what a clean key or value passes on, see `rollout.self_forcing`.
   """
@@ -143,6 +144,7 @@ class DistillConfig:
   teacher: str = ""
   guidance: float = 4.0
   shift: float = 5.0
+  levels: tuple[float, float] = LEVELS
   critic_updates: int = 5
   critic_lr: float = 1e-4
   loss: str = "dmd"
@@ -152,6 +154,7 @@ class DistillConfig:
     for name, ok, want in (
       ("guidance", self.guidance >= 0, "0 or more"),
       ("shift", self.shift > 0, "a positive number"),
+      ("levels", 0 < self.levels[0] < self.levels[1] < 1, "two of ascending sigma in (0, 1)"),
       ("critic_updates", self.critic_updates >= 1, "at least 1"),
       ("loss", self.loss in STUDENT_LOSSES, f"one of {', '.join(STUDENT_LOSSES)}"),
       ("cache_gradient", self.cache_gradient in CACHE_GRADIENTS, f"one of {', '.join(CACHE_GRADIENTS)}"),

@@ -21,7 +21,7 @@ from sfjax.flow import TIMESTEPS, add_noise, flow_loss, shift_sigma, to_x0
 from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
 
-_LEVELS = 0.02, 0.98  # of sigma: beyond them, denoisers say little about what is real
+LEVELS = 0.02, 0.98  # of sigma: beyond them, denoisers of 21 latents usually say little about what is real
 Denoiser = Callable[[Float[Array, "B T h w C"], Float[Array, "B T"]], Float[Array, "B T h w C"]]
 
 
@@ -50,22 +50,29 @@ def denoiser(model: ModelConfig, params, text_kv, null_kv=None, guidance: float 
   return denoise
 
 
-def noised(keys: Key[Array, "B"], x: Float[Array, "B T h w C"], shift: float):
-  """The clips at one noise level each: (noisy, sigma [B,T], noise); uniform before the shift, within `_LEVELS`."""
-  levels, draws = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-  sigma = jnp.clip(shift_sigma(jax.vmap(jax.random.uniform)(levels), shift), *_LEVELS)
+def noised(keys: Key[Array, "B"], x: Float[Array, "B T h w C"], shift: float, levels: tuple[float, float] = LEVELS):
+  """The clips at one noise level each: (noisy, sigma [B,T], noise); uniform before the shift, then within `levels`."""
+  places, draws = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+  sigma = jnp.clip(shift_sigma(jax.vmap(jax.random.uniform)(places), shift), *levels)
   sigma = jnp.broadcast_to(sigma[:, None], x.shape[:2])
   noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(draws)
   return add_noise(x, noise, sigma), sigma, noise
 
 
-def dmd_loss(keys: Key[Array, "B"], x: Float[Array, "B T h w C"], real: Denoiser, fake: Denoiser, shift: float = 5.0):
+def dmd_loss(
+  keys: Key[Array, "B"],
+  x: Float[Array, "B T h w C"],
+  real: Denoiser,
+  fake: Denoiser,
+  shift: float = 5.0,
+  levels: tuple[float, float] = LEVELS,
+):
   """Half the squared distance of x to where x would go; its gradient in x is (fake - real) / mean |x - real| / x.size.
 
   Returns the loss and metrics: how large that direction is, and the share of clips whose is not finite (they get none).
   """
   constant = jax.lax.stop_gradient(x)
-  noisy, sigma, _ = noised(keys, constant, shift)
+  noisy, sigma, _ = noised(keys, constant, shift, levels)
   real_x0, fake_x0 = real(noisy, sigma), fake(noisy, sigma)
   scale = jnp.abs(constant - real_x0).mean((1, 2, 3, 4), keepdims=True)
   direction = jax.lax.stop_gradient((fake_x0 - real_x0) / scale)
@@ -75,13 +82,20 @@ def dmd_loss(keys: Key[Array, "B"], x: Float[Array, "B T h w C"], real: Denoiser
   return loss, {"direction": jnp.abs(direction).mean(), "not_finite": (~finite).mean()}
 
 
-def sid_loss(keys: Key[Array, "B"], x: Float[Array, "B T h w C"], real: Denoiser, fake: Denoiser, shift: float = 5.0):
+def sid_loss(
+  keys: Key[Array, "B"],
+  x: Float[Array, "B T h w C"],
+  real: Denoiser,
+  fake: Denoiser,
+  shift: float = 5.0,
+  levels: tuple[float, float] = LEVELS,
+):
   """Score identity distillation (self_forcing section 4.7, alpha = 1); its gradient passes through both denoisers.
 
   Its value is the mean of (real - fake) (fake - x) / mean |x - real|. Returns the loss and metrics as `dmd_loss` does,
   but a clip that is not finite makes the whole gradient so.
   """
-  noisy, sigma, _ = noised(keys, x, shift)
+  noisy, sigma, _ = noised(keys, x, shift, levels)
   real_x0, fake_x0 = real(noisy, sigma), fake(noisy, sigma)
   scale = jax.lax.stop_gradient(jnp.abs(x - real_x0).mean((1, 2, 3, 4), keepdims=True))
   gap = (real_x0 - fake_x0) / scale
@@ -93,9 +107,14 @@ STUDENT_LOSSES = {"dmd": dmd_loss, "sid": sid_loss}
 
 
 def critic_loss(
-  keys: Key[Array, "B"], x: Float[Array, "B T h w C"], model: ModelConfig, output, shift: float = 5.0
+  keys: Key[Array, "B"],
+  x: Float[Array, "B T h w C"],
+  model: ModelConfig,
+  output,
+  shift: float = 5.0,
+  levels: tuple[float, float] = LEVELS,
 ) -> Float[Array, ""]:
   """Flow loss of the fake score on the student's clips; output: (x, sigma) -> what the network returns."""
   x = jax.lax.stop_gradient(x)
-  noisy, sigma, noise = noised(keys, x, shift)
+  noisy, sigma, noise = noised(keys, x, shift, levels)
   return flow_loss(model, output(noisy, sigma), noisy, x, noise, sigma).mean()

@@ -182,7 +182,8 @@ def _streaming(config: Config, codec, pixels) -> dict[str, Callable]:
 
   return {
     "start": lambda batch: codec.init_decoder_state(batch, *config.model.latent_size),
-    "decode": jax.jit(decode, static_argnums=2, donate_argnums=0),
+    # The first chunk forgets the state, but writes the next one into its place.
+    "decode": jax.jit(decode, static_argnums=2, donate_argnums=0, keep_unused=True),
   }
 
 

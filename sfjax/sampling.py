@@ -133,7 +133,7 @@ class Stream:
   def __init__(self, sampler: Sampler, memory, decoded, frames, key, samples, given, schedule):
     self.memory, self.decoded, self.seconds = memory, decoded, []
     self._sampler, self._key, self._samples = sampler, key, jnp.asarray(samples, jnp.int32)
-    self._given, self._schedule, self._asked = given, schedule, None
+    self._given, self._schedule, self._asked, self._firsts = given, schedule, None, set()
     self._frames = self._run(frames)
 
   def __iter__(self) -> Iterator[UInt8[np.ndarray, "B F h w 3"]]:
@@ -167,19 +167,20 @@ class Stream:
         yield pixels
 
   def workspace(self) -> dict[str, int]:
-    """Bytes that the last generated chunk's programs need beside what they are given and what they return, as XLA tells.
+    """Bytes that the stream's programs need beside what they are given and what they return, as XLA tells.
 
     To be asked once all frames were taken; empty where no chunk was generated.
     """
     if not self._asked:
       return {}
     sampler, f = self._sampler, self._sampler.config.model.chunk_frames
-    memory, state, latents, first = self._asked
+    memory, state, latents = self._asked
     known, is_known = jax.ShapeDtypeStruct(latents.shape, latents.dtype), jax.ShapeDtypeStruct((f,), bool)
     programs = {
       "chunk": sampler.programs.chunk.lower(sampler.parts.dit, memory, self._key, self._samples, known, is_known),
-      "decode": sampler.parts.decode.lower(state, latents, first),
-    }  # both have run on the very same shapes, so that nothing is compiled here
+    } | {
+      "decode first" if first else "decode": sampler.parts.decode.lower(state, latents, first) for first in self._firsts
+    }  # all have run on the very same shapes, so that nothing is compiled here
     return {name: program.compile().memory_analysis().temp_size_in_bytes for name, program in programs.items()}
 
   def _begin(self, chunk: int, made: int):
@@ -196,7 +197,8 @@ class Stream:
       known[:, : part.shape[1]] = part
       is_known = jnp.arange(f) < part.shape[1]
       latents, self.memory = programs.chunk(dit, self.memory, self._key, self._samples, known, is_known)
-      self._asked = (*before, _like(latents), chunk == 0)
+      self._asked = (*before, _like(latents))
+      self._firsts.add(chunk == 0)
     else:
       latents = jnp.asarray(part)
       self.memory = programs.append(dit, self.memory, latents)

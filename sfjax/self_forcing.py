@@ -128,7 +128,7 @@ def student_loss(config: Config, params: dict, critic: dict, teacher: dict, word
   kv = functools.partial(text_kv, model)
   real = distill.denoiser(model, teacher["dit"], kv(teacher, words), kv(teacher, jnp.zeros_like(words)), d.guidance)
   fake = distill.denoiser(model, critic["dit"], kv(critic, words))
-  value, metrics = distill.STUDENT_LOSSES[d.loss](clip_keys(judge, index), x, real, fake, d.shift)
+  value, metrics = distill.STUDENT_LOSSES[d.loss](clip_keys(judge, index), x, real, fake, d.shift, d.levels)
   aux = jnp.zeros(())
   if config.memory.importance == "learned":
     aux = rollout.head_loss(config.model, config.memory, params["dit"], looks)
@@ -141,7 +141,7 @@ def critic_loss(config: Config, critic: dict, words, keys, x):
   model = teacher_model(config)
   kv = text_kv(model, critic, words)
   output = lambda y, sigma: distill.whole_clip(model, critic["dit"], kv, y, sigma)
-  return distill.critic_loss(keys, x, model, output, config.distill.shift)
+  return distill.critic_loss(keys, x, model, output, config.distill.shift, config.distill.levels)
 
 
 def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, batches: list) -> tuple[dict, dict]:

@@ -50,7 +50,7 @@ def test_chunks_in_flight_and_what_run_json_tells(run_sample, config, monkeypatc
   assert told["predicted"]["in_flight"] == 2 * made[1] > 2 * made[0]  # the first chunk has 9 frames of pixels
   assert without_flight(told["predicted"]) == without_flight(told["measured"])
   assert told["measured"]["total"] == sum(without_flight(told["measured"]).values())
-  assert told["workspace"].keys() == {"chunk", "decode"} and told["workspace"]["chunk"] > 0
+  assert told["workspace"].keys() == {"chunk", "decode", "decode first"} and told["workspace"]["chunk"] > 0
 
 
 @pytest.mark.parametrize("frames", [9, 21])

@@ -45,6 +45,8 @@ def test_levels_and_noise():
   )
   # u above 0.98 / (0.98 + 5 x 0.02) = 0.907 is clipped; of 4,096 draws the share deviates by 0.005.
   assert abs((sigma[:, 0] == 0.98).mean() - 0.093) < 0.02
+  _, sigma, _ = distill.noised(keys(1), x, 5.0, (0.5, 0.995))
+  assert sigma.min() == 0.5 and sigma.max() > 0.99
   assert abs(noise.std() - 1) < 0.01
 
 

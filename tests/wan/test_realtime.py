@@ -86,6 +86,15 @@ def test_the_longest_that_fits(monkeypatch):
   assert len(run["chunk_times_s"]) == 10 and rows[2]["total_bytes"] == total(81)
   assert "| full | 60 | does not fit |" in line(rows[2], run)
 
+  def no_room_for_ten(parts, memory, chunks):
+    if chunks == 10:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    return {"chunk_times_s": np.ones((chunks, 2)).tolist()}
+
+  monkeypatch.setattr(realtime, "measure", no_room_for_ten)
+  _, rows = realtime.rows_of(parts, "full", [5, 60], spare=0)
+  assert [(r["chunks"], r["measured"]) for r in rows] == [(7, True), (8, True), (81, False)]
+
 
 def test_without_pytorch_the_peer_is_skipped(tmp_path, monkeypatch, capsys):
   (tmp_path / "pipeline").mkdir()
