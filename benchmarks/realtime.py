@@ -9,6 +9,9 @@ pixels are on the host, after the request with the prompt's embedding in hand. F
 in the steady state: from chunk W + C / blocks of a chunk on, when the memory is full; "late" is the median of the last four
 chunks over that of the first four full ones. One video a memory, of the longest --seconds; the shorter ones are its beginning.
 
+--streams N makes N videos together, each with its own prompt and memory: frames and bytes are those of all, times those of a
+chunk of each.
+
 Memories: "sparse", the config's own; "window", as many bytes without selection; "window9", the last 9 latents, "dense", the
 last 21, and "full", all of the video, or as much as the device holds beside the workspace of the memories before: what is
 longer is not run, and its row tells the bytes it would take. Dense ones are read by pbsa, all blocks, the library's only way.
@@ -89,39 +92,40 @@ def memory_of(config: Config, attention: str, chunks: int) -> MemoryConfig:
   return config.memory.of_window(3) if attention == "window9" else ledger.memory_for(config, attention, chunks)
 
 
-def fitting(parts: Parts, attention: str, chunks: int, spare: int) -> int:
+def fitting(parts: Parts, attention: str, chunks: int, spare: int, streams: int = 1) -> int:
   """Chunks of the longest video, up to `chunks`, whose predicted bytes and `spare` more fit in the device's memory."""
   limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf) - spare
-  fits = lambda n: predict(parts, memory_of(parts.config, attention, n))["total"] <= limit
+  fits = lambda n: predict(parts, memory_of(parts.config, attention, n), streams)["total"] <= limit
   return chunks if fits(chunks) else bisect.bisect_left(range(1, chunks), True, key=lambda n: not fits(n))
 
 
-def predict(parts: Parts, memory: MemoryConfig) -> dict[str, int]:
+def predict(parts: Parts, memory: MemoryConfig, streams: int = 1) -> dict[str, int]:
   """The ledger's rows for that memory."""
-  return ledger.predict(dataclasses.replace(parts.config, memory=memory), parts.around)
+  return ledger.predict(dataclasses.replace(parts.config, memory=memory), parts.around, streams)
 
 
-def measure(parts: Parts, memory: MemoryConfig, chunks: int) -> dict:
-  """Times of every chunk of a video, and the bytes held."""
+def measure(parts: Parts, memory: MemoryConfig, chunks: int, streams: int = 1) -> dict:
+  """Times of every chunk of `streams` videos made together, and the bytes held."""
   parts = dataclasses.replace(parts, config=dataclasses.replace(parts.config, memory=memory))
   sampler, frames = Sampler(parts), first_frame(chunks)
+  prompts, samples = ["x"] * streams, list(range(streams))
   began = time.perf_counter()
-  for _ in sampler.stream(sampler.start(["x"], 0), min(frames, 21 + 12), 0, [0]):
+  for _ in sampler.stream(sampler.start(prompts, 0), min(frames, 21 + 12), 0, samples):
     pass  # compiles the first and the later chunks' programs
   compiled = time.perf_counter() - began
   began, first = time.perf_counter(), None
-  stream = sampler.stream(sampler.start(["x"], 1), frames, 1, [0])
+  stream = sampler.stream(sampler.start(prompts, 1), frames, 1, samples)
   for pixels in stream:
     first = first or time.perf_counter() - began
     if not np.ptp(pixels):
       raise RuntimeError("the pixels are all the same: nothing was computed")
-  predicted, workspace = predict(parts, memory), stream.workspace()
+  predicted, workspace = predict(parts, memory, streams), stream.workspace()
   return {
     "frames": frames,
     "compile_s": compiled,
     "first_frames_s": first,
     "chunk_times_s": stream.seconds,
-    "kv_bytes": {"predicted": sampler.kv_bytes["kv"], "measured": held_bytes(stream.memory)},
+    "kv_bytes": {"predicted": streams * sampler.kv_bytes["kv"], "measured": held_bytes(stream.memory)},
     "device_bytes": {
       "predicted": predicted,
       "measured": ledger.measure(parts, memory, stream.memory, stream.decoded),
@@ -132,12 +136,12 @@ def measure(parts: Parts, memory: MemoryConfig, chunks: int) -> dict:
   }
 
 
-def summary(parts: Parts, memory: MemoryConfig, times: np.ndarray) -> dict:
-  """What follows from the times of a video's first chunks."""
+def summary(parts: Parts, memory: MemoryConfig, times: np.ndarray, streams: int = 1) -> dict:
+  """What follows from the times of the videos' first chunks; frames are those of all of them."""
   model = parts.config.model
   full = memory.window + math.ceil(memory.persistent / model.layout.blocks)
   full = full if full < len(times) else min(1, len(times) - 1)
-  per_chunk, steady = model.chunk_frames * parts.codec.time, np.median(times[full:], 0)
+  per_chunk, steady = streams * model.chunk_frames * parts.codec.time, np.median(times[full:], 0)
   return {
     "fps_denoiser": per_chunk / float(steady[0]),
     "fps_end_to_end": per_chunk / float(steady[1]),
@@ -147,15 +151,17 @@ def summary(parts: Parts, memory: MemoryConfig, times: np.ndarray) -> dict:
   }
 
 
-def rows_of(parts: Parts, attention: str, seconds: list[float], spare: int) -> tuple[dict, list[dict]]:
+def rows_of(
+  parts: Parts, attention: str, seconds: list[float], spare: int, streams: int = 1
+) -> tuple[dict, list[dict]]:
   """A memory's run of the longest video that fits, and a row for each of `seconds` and for that length if it is another."""
   config = parts.config
   wanted = {ledger.chunks_of(config, s): s for s in sorted(seconds)}
-  longest = fitting(parts, attention, max(wanted), spare)
+  longest = fitting(parts, attention, max(wanted), spare, streams)
   run, rows = {}, []
   while longest and not run:
     try:
-      run = {"attention": attention} | measure(parts, memory_of(config, attention, longest), longest)
+      run = {"attention": attention} | measure(parts, memory_of(config, attention, longest), longest, streams)
     except jax.errors.JaxRuntimeError as e:
       if "RESOURCE_EXHAUSTED" not in str(e):
         raise
@@ -165,9 +171,10 @@ def rows_of(parts: Parts, attention: str, seconds: list[float], spare: int) -> t
   for chunks, s in sorted(wanted.items()):
     memory = memory_of(config, attention, chunks)
     row = {"attention": attention, "seconds": s, "chunks": chunks, "measured": chunks <= longest}
-    row |= {"kv_bytes": memory_bytes(config.model, memory)["kv"], "total_bytes": predict(parts, memory)["total"]}
+    row |= {"kv_bytes": streams * memory_bytes(config.model, memory)["kv"]}
+    row |= {"total_bytes": predict(parts, memory, streams)["total"]}
     if row["measured"]:
-      row |= summary(parts, memory, np.array(run["chunk_times_s"][:chunks]))
+      row |= summary(parts, memory, np.array(run["chunk_times_s"][:chunks]), streams)
     rows.append(row)
   return run, rows
 
@@ -200,6 +207,7 @@ def main(argv: list[str]) -> None:
   p.add_argument(
     "--clip", type=int, default=21, metavar="LATENTS", help="length of the clip decoded as a whole; 0: none"
   )
+  p.add_argument("--streams", type=int, default=1, help="videos made together, each with its prompt and its memory")
   p.add_argument("--self_forcing", metavar="DIR", help="a clone of guandeh17/Self-Forcing, to time it in PyTorch")
   p.add_argument("--vae_dim", type=int, default=WanVAEConfig().dim, help=argparse.SUPPRESS)
   p.add_argument("--out", default="out/realtime")
@@ -207,6 +215,8 @@ def main(argv: list[str]) -> None:
   for seconds in a.seconds:
     if not 0 < seconds <= 3600:
       raise UserError(f"--seconds: {seconds:g}; want more than 0 and at most 3600")
+  if a.streams < 1:
+    raise UserError(f"--streams: {a.streams}; want 1 or more")
   config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
   out = make_folder(a.out, "--out")
   # Before JAX has taken the device's memory.
@@ -233,7 +243,7 @@ def main(argv: list[str]) -> None:
   save()
   for attention in a.attention:
     spare = max((n for r in runs for n in r["device_bytes"]["workspace"].values()), default=0)
-    run, found = rows_of(parts, attention, a.seconds, spare)
+    run, found = rows_of(parts, attention, a.seconds, spare, a.streams)
     runs.extend([run] if run else [])
     rows.extend(found)
     for row in found:

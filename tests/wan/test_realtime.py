@@ -55,6 +55,21 @@ def test_a_row_for_every_attention_and_length(tmp_path, capsys):
   assert Image.open(tmp_path / "realtime.png").size == (1500, 600)
 
 
+def test_streams_are_made_together(tmp_path):
+  flags = [f"--config.model.{x}" for x in TINY]
+  flags += ["--config.memory.window=2", "--config.memory.persistent=4", "--config.sampler.steps=1"]
+  realtime.main(
+    [*flags, *"--vae_dim 8 --clip 0 --attention sparse --seconds 2 --streams 2 --out".split(), str(tmp_path)]
+  )
+  record = json.loads((tmp_path / "realtime.json").read_text())
+  (run,), (row,) = record["runs"], record["rows"]
+  steady = np.median(np.array(run["chunk_times_s"])[1 if row["chunks"] <= 3 else 3 :], 0)
+  np.testing.assert_allclose([row["fps_denoiser"], row["fps_end_to_end"]], 2 * 12 / steady)
+  assert run["kv_bytes"]["predicted"] == run["kv_bytes"]["measured"] == row["kv_bytes"]
+  told = run["device_bytes"]
+  assert told["predicted"]["total"] == told["measured"]["total"] + told["predicted"]["in_flight"]
+
+
 def test_the_longest_that_fits(monkeypatch):
   config = to_dataclass(Config, load_config("configs/wan_1_3b.py"))
   sizes = around(config)[1]
@@ -79,14 +94,14 @@ def test_the_longest_that_fits(monkeypatch):
   assert realtime.fitting(parts, "full", 10**6, spare=0) == 10**6
   device(total(10))
   monkeypatch.setattr(
-    realtime, "measure", lambda parts, memory, chunks: {"chunk_times_s": np.ones((chunks, 2)).tolist()}
+    realtime, "measure", lambda parts, memory, chunks, streams: {"chunk_times_s": np.ones((chunks, 2)).tolist()}
   )
   run, rows = realtime.rows_of(parts, "full", [5, 60], spare=0)
   assert [(r["chunks"], r["measured"]) for r in rows] == [(7, True), (10, True), (81, False)]
   assert len(run["chunk_times_s"]) == 10 and rows[2]["total_bytes"] == total(81)
   assert "| full | 60 | does not fit |" in line(rows[2], run)
 
-  def no_room_for_ten(parts, memory, chunks):
+  def no_room_for_ten(parts, memory, chunks, streams):
     if chunks == 10:
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
     return {"chunk_times_s": np.ones((chunks, 2)).tolist()}
@@ -120,3 +135,6 @@ def test_wrong_flags_end_in_a_line(capsys):
   with pytest.raises(SystemExit) as e:
     realtime.main(["--seconds", "5", "0"])
   assert e.value.code == 2 and "--seconds: 0; want more than 0" in capsys.readouterr().err
+  with pytest.raises(SystemExit) as e:
+    realtime.main(["--streams", "0"])
+  assert e.value.code == 2 and "--streams: 0; want 1 or more" in capsys.readouterr().err
