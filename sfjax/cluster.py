@@ -12,12 +12,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sfjax.errors import UserError
 
+_SILENCE = 30  # seconds without a sign of life after which a host is taken for dead, and the others end
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
   """Joins the hosts of a run, before any device is used: as told, or as SLURM's environment tells; else does nothing.
+
+  Where a host dies the others end within half a minute, with an error, not at a save: rerun, they go on from the last one.
 
   Args:
     coordinator: host:port of process 0, the same everywhere. processes: how many. process: which one this is.
@@ -28,12 +31,12 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
   given = coordinator, processes, process
   if all(x is None for x in given):
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
-      jax.distributed.initialize()
+      jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE)
     return
   if any(x is None for x in given) or not 0 <= process < processes:
     told = f"--coordinator {coordinator} --processes {processes} --process {process}"
     raise UserError(f"{told}; want all three or none, and a process of 0 .. processes - 1")
-  jax.distributed.initialize(coordinator, processes, process)
+  jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=_SILENCE)
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:

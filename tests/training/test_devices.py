@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,8 @@ training.train(dataclasses.replace(config, train=train), workdir)
 """
 
 
-def on_two_hosts(workdir, **changes):
-  """Trains on 2 processes of 4 devices each."""
+def two_hosts(workdir, **changes):
+  """Starts training on 2 processes of 4 devices each."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -51,11 +52,15 @@ def on_two_hosts(workdir, **changes):
     repr(CHANGES | changes),
     address,
   ]
-  runs = [
+  return [
     subprocess.Popen([*line, str(i)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for i in range(2)
   ]
-  for run in runs:
+
+
+def on_two_hosts(workdir, **changes):
+  """Trains on them to the end."""
+  for run in two_hosts(workdir, **changes):
     said = run.communicate(timeout=600)[0]
     assert run.returncode == 0, said[-2000:]
 
@@ -80,6 +85,19 @@ def test_two_hosts_of_four_devices_train_as_one_device_does(tmp_path):
   for name, x in load_arrays(one / "params.npz").items():
     # Exported in bfloat16; Adam divides by a gradient's size, so one that is all rounding may move by the rate.
     np.testing.assert_allclose(x.astype(np.float32), many[name].astype(np.float32), rtol=2**-7, atol=1e-3, err_msg=name)
+
+
+def test_the_death_of_a_host_ends_the_others(tmp_path):
+  survivor, victim = two_hosts(tmp_path, steps=10**6)
+  while not (tmp_path / "checkpoints" / "2").is_dir():
+    assert survivor.poll() is None is victim.poll()
+    time.sleep(0.2)
+  victim.kill()
+  said = survivor.communicate(timeout=90)[0]  # 30 s of silence, and what a slow machine takes beside
+  victim.communicate()
+  assert survivor.returncode != 0
+  assert "another task died" in said
+  on_two_hosts(tmp_path, steps=max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) + 2)
 
 
 def test_what_is_split_and_what_is_whole():
