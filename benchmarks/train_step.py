@@ -28,9 +28,8 @@ def main(argv: list[str]) -> None:
   task, mesh = training.task(config), cluster.make_mesh(config.train.fsdp)
   mean, start, compile_total = 0.0, 0.0, 0.0
   for stage in config.train.stages:
-    state, fixed = task.state(config), task.fixed(config)
+    state, fixed = task.state(config, mesh), task.fixed(config, mesh)
     where = cluster.shardings(mesh, state)
-    state, fixed = cluster.place(state, where), cluster.place(fixed, cluster.whole(mesh, fixed))
     loaders = [make_loader(task.source(config, part), part.batch, 0) for part in stage.parts]
     batches = [
       (task.inputs(config, next(loader)), cluster.places(part.batch))

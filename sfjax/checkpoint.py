@@ -132,6 +132,11 @@ class Checkpoints:
     self._manager.close()
 
 
+def placed(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+  """A host's array, the same on all hosts, as a global one: no device gets more than its shard."""
+  return jnp.asarray(x) if sharding is None else jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+
 def flatten(tree: dict) -> dict[str, np.ndarray]:
   """Nested dicts of arrays as {"a/b": array}."""
   return {name: np.asarray(x) for name, x in named(tree).items()}
@@ -213,7 +218,7 @@ def load_config(directory, flag: str = "--checkpoint") -> dict:
 
 
 def load_params(directory, like: dict, flag: str = "--checkpoint") -> dict:
-  """Weights of a model folder or a training run in the structure and dtypes of `like` (shapes suffice).
+  """Weights of a model folder or a training run in the structure and dtypes of `like` (shapes suffice), where it says.
 
   Raises:
     UserError: absent or damaged, or of another config (names the first array that differs).
@@ -223,7 +228,7 @@ def load_params(directory, like: dict, flag: str = "--checkpoint") -> dict:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with Checkpoints(steps) as checkpoints:
       return checkpoints.restore_params(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), like)
       )[0]
   arrays = load_arrays(pathlib.Path(directory) / "params.npz")
   want = named(like)
@@ -231,5 +236,5 @@ def load_params(directory, like: dict, flag: str = "--checkpoint") -> dict:
   wrong = first_difference(shapes(arrays), shapes(want))
   if wrong:
     raise UserError(f"{flag}: {directory}: {wrong}")
-  values = [jnp.asarray(arrays[name].astype(x.dtype)) for name, x in want.items()]
+  values = [placed(arrays[name].astype(x.dtype), x.sharding) for name, x in want.items()]
   return jax.tree.unflatten(jax.tree.structure(like), values)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sfjax.checkpoint import placed
 from sfjax.errors import UserError
 
 _SILENCE = 30  # seconds without a sign of life after which a host is taken for dead, and the others end
@@ -69,9 +70,17 @@ def whole(mesh: Mesh, tree):
   return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
 
 
+def laid_out(mesh: Mesh | None, like):
+  """Shapes with the shardings that their arrays are to have; as they are where there is no mesh."""
+  if mesh is None:
+    return like
+  of = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  return jax.tree.map(of, like, shardings(mesh, like))
+
+
 def place(tree, where):
-  """Host values, the same on all hosts, as global arrays."""
-  return jax.jit(lambda x: x, out_shardings=where)(jax.device_get(tree))
+  """Values, the same on all hosts, as global arrays: one after the other, through the host."""
+  return jax.tree.map(lambda x, s: placed(np.asarray(x), s), tree, where)
 
 
 def gathered(mesh: Mesh, tree):

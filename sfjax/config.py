@@ -25,8 +25,9 @@ class DataConfig:
   """Where clips come from.
 
   Attributes:
-    source: "digits", "folder" (a folder of video files with captions), or "ode" (trajectories that `sfjax.ode` wrote).
-    path: the folder. fps: frames per second of the clips (digits: 16).
+    source: "digits", "folder" (a folder of video files with captions), "ode" (trajectories that `sfjax.ode` wrote), or
+      "prompts" (a text file, one prompt a line, for training that needs no clips).
+    path: the folder or file. fps: frames per second of the clips (digits: 16).
     colour_only, none: shares of captions without the class, and of empty ones; the rest names everything.
   """
 
@@ -43,7 +44,7 @@ class Stage:
 
   Attributes:
     until: fraction of all steps at which the stage ends.
-    chunks, batch: clip length and clips per step.
+    chunks, batch: clip length and clips per step; a batch of 0 is one clip a device.
     dense: the whole clip is the window (no persistent blocks, no sparsity).
     p_memory: share of clips in which a digit is hidden. hide: shortest and longest hiding time in chunks.
     firsts: further clips of one chunk in every step. A first chunk is made from the prompt alone, and long clips show few.
@@ -133,16 +134,21 @@ class DistillConfig:
   """Distribution matching against a teacher (self_forcing section 4).
 
   Attributes:
-    teacher: folder of a bidirectional model; "" trains on clips, without one. It judges as many latents as its chunk has,
-      the last ones of a rollout; a stage's `chunks` are the most that a rollout has.
-    guidance: the teacher's classifier-free guidance weight.
+    teacher: folder of a bidirectional model; "" trains on clips, without one. It judges the last `latents` of a rollout; a
+      stage's `chunks` are the most that a rollout has.
+    critic: folder of the model that the critic begins as; "" for the teacher's.
+    latents: of the teacher's clips; 0 for as many as its chunk has (Wan2.1's converted folders tell a causal model's).
+    guidance: the teacher's classifier-free guidance weight. negative: the prompt it leads away from.
     shift: of the noise levels that both scores judge at. levels: the least and the most noise.
     critic_updates: of the fake score, for one of the student. critic_lr: constant.
     loss: of the student, "dmd" or "sid". cache_gradient: what a clean key or value passes on, see `rollout.self_forcing`.
   """
 
   teacher: str = ""
+  critic: str = ""
+  latents: int = 0
   guidance: float = 4.0
+  negative: str = ""
   shift: float = 5.0
   levels: tuple[float, float] = LEVELS
   critic_updates: int = 5
@@ -152,6 +158,7 @@ class DistillConfig:
 
   def __post_init__(self):
     for name, ok, want in (
+      ("latents", self.latents >= 0, "0 or more"),
       ("guidance", self.guidance >= 0, "0 or more"),
       ("shift", self.shift > 0, "a positive number"),
       ("levels", 0 < self.levels[0] < self.levels[1] < 1, "two of ascending sigma in (0, 1)"),

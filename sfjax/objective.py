@@ -2,7 +2,7 @@
 
 One forward sees a clip twice: clean chunks, which write the memory, and noisy chunks, which read it as a rollout would. The
 last clean chunk would be read by nobody and is left out. A bidirectional model is the case of one chunk, as long as a clip.
-Letters: B clips, n chunks, F latent frames of a chunk, h, w, C a latent frame, M words.
+Letters: B clips, n chunks, F latent frames of a chunk, h, w, C a latent frame.
 """
 
 import functools
@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from sfjax import rollout
+from sfjax import captions, rollout
 from sfjax.attention import parallel_attention
 from sfjax.config import Config, Stage
 from sfjax.flow import TIMESTEPS, add_noise, flow_loss, shift_sigma
 from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
-from sfjax.text import WordEncoder
 
 
 def stage_memory(memory: MemoryConfig, stage: Stage) -> MemoryConfig:
@@ -44,12 +43,6 @@ def cut(model: ModelConfig, keys: Array, latents: Float[Array, "B T h w C"]) -> 
   return latents.reshape(latents.shape[0], n, model.chunk_frames, *latents.shape[2:])
 
 
-def text_kv(model: ModelConfig, params: dict, words: Int32[Array, "B M"]):
-  """Cross-attention K/V of captions, [L,B,M,N,H] twice; params: {"dit", "text"}."""
-  text = WordEncoder(model.text_len, model.text_dim).encode(params["text"], words)
-  return rollout.text_kv(model, params["dit"], text)
-
-
 def teacher_forced(
   config: Config,
   stage: Stage,
@@ -58,7 +51,7 @@ def teacher_forced(
   level: Float[Array, "B n-1 F"],
   noisy: Float[Array, "B n F h w C"],
   sigma: Float[Array, "B n F"],
-  words: Int32[Array, "B M"],
+  prompt: captions.Rows,
   key: Array,
 ) -> tuple[Float[Array, "B n F h w C"], Float[Array, ""]]:
   """The network's output for noisy chunks that read a clean context of that noise level, and the importance head's loss."""
@@ -69,7 +62,7 @@ def teacher_forced(
     jnp.concatenate([context, noisy], 1),
     jnp.concatenate([level, sigma], 1) * TIMESTEPS,
     jnp.concatenate([jnp.arange(n - 1), jnp.arange(n)]),
-    text_kv(model, params, words),
+    captions.kv(model, params, prompt),
     parallel_attention(model, stage_memory(config.memory, stage), n, later=min(config.memory.window, n)),
     jax.vmap(jax.random.key_data)(jax.random.split(jax.random.fold_in(key, 2**31 - 1), model.layers)),
   )
@@ -81,14 +74,14 @@ def loss(
   stage: Stage,
   params: dict,
   latents: Float[Array, "B T h w C"],
-  words: Int32[Array, "B M"],
+  text: captions.Text,
   key: Array,
   index: Int32[Array, " B"],
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
   """Mean velocity error of the noisy frames, a mean over clips, and the importance head's auxiliary loss.
 
   Args:
-    params: {"dit", "text"}. latents: clean, see `cut`. words: token ids of the captions.
+    params: "dit", and what is trained beside it. latents: clean, see `cut`. text: of the clips.
     key: of the step. index: places of the clips in the step's whole batch.
 
   Returns:
@@ -113,8 +106,8 @@ def loss(
   level = jnp.broadcast_to(level[..., None], sigma.shape)[:, :-1]
   context = add_noise(x0[:, :-1], draw(jax.random.normal, n - 1, *x0.shape[2:]), level)
 
-  words = jnp.where(uniform(1) < train.p_drop_prompt, 0, words)
-  out, aux = teacher_forced(config, stage, params, context, level, noisy, sigma, words, key)
+  prompt = text.dropped(uniform(1)[:, 0] < train.p_drop_prompt).prompt
+  out, aux = teacher_forced(config, stage, params, context, level, noisy, sigma, prompt, key)
   frames = flow_loss(model, out, noisy, x0, noise, sigma)
   # A mean by clip; a chunk's last frame is never known.
   flow = (jnp.where(known, 0.0, frames).sum((1, 2)) / (~known).sum((1, 2))).mean()

@@ -21,13 +21,14 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Array, Float
 from safetensors.numpy import load, save
 
-from sfjax import distill, teacher_forcing
-from sfjax.checkpoint import load_config, load_params
+from sfjax import captions, distill, teacher_forcing
+from sfjax.checkpoint import load_config
 from sfjax.config import Config, Stage, to_dataclass
 from sfjax.data.loader import Prompts, Source
 from sfjax.errors import Parser, UserError, command
 from sfjax.flow import SamplerConfig, to_x0
-from sfjax.objective import clip_keys, teacher_forced, text_kv
+from sfjax.objective import clip_keys, teacher_forced
+from sfjax.parts import load_model
 from sfjax.runlog import make_folder, replacing, write_json_atomic
 
 _CARD = "pairs.json"
@@ -103,21 +104,21 @@ def source(config: Config, stage: Stage) -> Source:
 
 
 def inputs(config: Config, batch: dict):
-  """A batch of the loader as arrays: (states float16 [B,K+1,T,h,w,C], words int32 [B,M])."""
-  return batch["states"], teacher_forcing.words(config, batch["caption"])
+  """A batch of the loader as arrays: (states float16 [B,K+1,T,h,w,C], `captions.Text`)."""
+  return batch["states"], captions.text(config, batch["caption"])
 
 
 def loss(config: Config, stage: Stage, params: dict, inputs, key: Array, index):
   """Mean squared error of the clip that is named from a state, each chunk at a level of its own: (loss, metrics)."""
   model = config.model
-  states, words = inputs
+  states, text = inputs
   states = states.astype(jnp.float32).reshape(*states.shape[:2], stage.chunks, model.chunk_frames, *states.shape[3:])
   clean, levels = states[:, -1], jnp.asarray(config.sampler.sigmas[:-1])
   level = jax.vmap(lambda k: jax.random.randint(k, (stage.chunks,), 0, len(levels)))(clip_keys(key, index))
   noisy = jnp.take_along_axis(states, level[:, None, :, None, None, None, None], 1)[:, 0]
   sigma = jnp.broadcast_to(levels[level][..., None], noisy.shape[:3])
   quiet = jnp.zeros_like(sigma[:, :-1])
-  out, aux = teacher_forced(config, stage, params, clean[:, :-1], quiet, noisy, sigma, words, key)
+  out, aux = teacher_forced(config, stage, params, clean[:, :-1], quiet, noisy, sigma, text.prompt, key)
   error = ((to_x0(model, out, noisy, sigma) - clean) ** 2).mean()
   total = error + config.train.importance_weight * aux
   return total, {"loss": total, "x0_error": error, "importance": aux}
@@ -148,7 +149,7 @@ def main(argv: list[str]) -> None:
   if a.pairs % a.batch:
     raise UserError(f"--pairs: {a.pairs} is not a multiple of --batch {a.batch}")
   config = to_dataclass(Config, load_config(a.checkpoint), "--checkpoint: config")
-  params, model = load_params(a.checkpoint, abstract_model(config)), config.model
+  params, model = load_model(a.checkpoint, abstract_model(config), "--checkpoint"), config.model
   given = {name: getattr(a, name) for name in ("shift", "guidance") if getattr(a, name) is not None}
   try:
     sampler = dataclasses.replace(config.sampler, kind="euler", steps=a.steps, **given)
@@ -157,11 +158,11 @@ def main(argv: list[str]) -> None:
   prompts = Prompts(teacher_forcing.source(config, config.train.stages[0]))
 
   @jax.jit
-  def make(params, words, index):
-    kv = functools.partial(text_kv, model, params)
+  def make(params, text, index):
+    kv = functools.partial(captions.kv, model, params)
     shape = (model.chunk_frames, *model.latent_size, model.latent_channels)
     noise = jax.vmap(lambda k: jax.random.normal(k, shape))(clip_keys(jax.random.key(a.seed), index))
-    denoise = distill.denoiser(model, params["dit"], kv(words), kv(jnp.zeros_like(words)), sampler.guidance)
+    denoise = distill.denoiser(model, params["dit"], kv(text.prompt), kv(text.null), sampler.guidance)
     return trajectory(denoise, sampler, noise, a.levels).astype(jnp.float16)
 
   out, shards = make_folder(a.out, "--out"), a.pairs // a.batch
@@ -182,11 +183,11 @@ def main(argv: list[str]) -> None:
     if (out / _shard(shard)).is_file():
       continue
     index = np.arange(shard * a.batch, (shard + 1) * a.batch)
-    captions = [prompts[(a.seed * 2**24 + int(i)) % len(prompts)]["caption"] for i in index]
-    states = np.asarray(make(params, teacher_forcing.words(config, captions), index))
+    told = [prompts[(a.seed * 2**24 + int(i)) % len(prompts)]["caption"] for i in index]
+    states = np.asarray(make(params, captions.text(config, told), index))
     with replacing(out / _shard(shard)) as part:
       writer = ArrayRecordWriter(str(part), "group_size:1")
-      for caption, row in zip(captions, states, strict=True):
+      for caption, row in zip(told, states, strict=True):
         writer.write(save({"states": row, "caption": np.frombuffer(caption.encode(), np.uint8)}))
       writer.close()
   print(f"{out}: {a.pairs} trajectories in {shards} shards")

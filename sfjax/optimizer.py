@@ -6,8 +6,10 @@ A gradient that is not finite moves nothing; how many came in a row is counted.
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
+from sfjax import cluster
 from sfjax.config import TrainConfig
 
 
@@ -61,9 +63,34 @@ def optimizer(t: TrainConfig) -> optax.GradientTransformation:
   return only_finite(tx if t.accumulate == 1 else optax.MultiSteps(tx, t.accumulate).gradient_transformation())
 
 
+def begun(tx: optax.GradientTransformation, params, mesh: Mesh | None = None):
+  """An optimiser's state before its first step; with a mesh no device ever holds more than its part."""
+  if mesh is None:
+    return tx.init(params)
+  return jax.jit(tx.init, out_shardings=cluster.shardings(mesh, jax.eval_shape(tx.init, params)))(params)
+
+
 def only_finite(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """The same, but a gradient with a number that is not finite changes neither parameters nor the optimiser's state."""
-  return optax.apply_if_finite(tx, 2**31 - 1)  # never gives up by itself: the loop does
+  """The same, but a gradient with a number that is not finite changes neither parameters nor the optimiser's state.
+
+  As `optax.apply_if_finite` with its state; chosen number by number, since a branch would hold the whole state twice.
+  """
+
+  def init(params):
+    zero = jnp.zeros((), jnp.int32)
+    return optax.ApplyIfFiniteState(zero, jnp.array(True), zero, tx.init(params))
+
+  def update(grads, state, params=None):
+    finite = jnp.all(jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]))
+    bad = (~finite).astype(jnp.int32)
+    updates, new = tx.update(grads, state.inner_state, params)
+    chosen = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    state = optax.ApplyIfFiniteState(
+      (state.notfinite_count + 1) * bad, finite, state.total_notfinite + bad, chosen(new, state.inner_state)
+    )
+    return chosen(updates, jax.tree.map(jnp.zeros_like, updates)), state
+
+  return optax.GradientTransformation(init, update)
 
 
 def skipped(opt) -> Int32[Array, ""]:

@@ -6,6 +6,7 @@ same functions in both cases.
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -17,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from sfjax import checkpoint, rollout, wan
+from sfjax import checkpoint, rollout, streamed, wan
 from sfjax.codec import DigitsCodec
-from sfjax.config import Config, to_dataclass
+from sfjax.config import Config, to_dataclass, to_dict
 from sfjax.errors import UserError
+from sfjax.model import ModelConfig
+from sfjax.runlog import make_folder, write_json_atomic
 from sfjax.tensors import open_tensors
 from sfjax.text import WordEncoder
 from sfjax.text_cache import TextCache
@@ -90,6 +93,91 @@ def load_parts(directory) -> Parts:
   return _wan(folder, config) if (folder / "dit").is_dir() else _digits(folder, config)
 
 
+def of_wan(model: ModelConfig) -> bool:
+  """Whether the model's latents are those of Wan2.1's VAE."""
+  return model.latent_channels == WanVAEConfig().z_dim
+
+
+def load_model(folder, like: dict, flag: str) -> dict:
+  """Weights {"dit", ..} of a converted folder, a model folder or a training run, shaped, typed and placed as `like`.
+
+  Raises:
+    UserError: absent, damaged or of another config.
+  """
+  if not (pathlib.Path(folder) / "dit").is_dir():
+    return checkpoint.load_params(folder, like, flag)
+  try:
+    return {"dit": streamed.restore(pathlib.Path(folder) / "dit", like["dit"])}
+  except UserError as e:
+    raise UserError(f"{flag}: {e}") from e
+
+
+def export_model(directory, params: dict, config: Config, card: dict) -> None:
+  """A model folder of trained weights, in bfloat16: one file for digits; for Wan2.1's latents as `sfjax.convert` writes a DiT.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
+  if not of_wan(config.model):
+    checkpoint.export(directory, params, to_dict(config), card)
+    return
+  directory = make_folder(directory, "the model's folder")
+
+  def stream(path, x):
+    layers = path[0].key == "blocks"
+    half = lambda x: np.asarray(x).astype(jnp.bfloat16)
+    pieces = lambda: (half(part) for part in x) if layers else iter([half(x)])
+    return streamed.Streamed(x.shape, jnp.dtype(jnp.bfloat16), pieces, whole=not layers)
+
+  streamed.save(directory / "dit", jax.tree_util.tree_map_with_path(stream, params["dit"]))
+  write_json_atomic(directory / "card.json", card)
+  write_json_atomic(directory / "config.json", to_dict(config))
+
+
+class Embedder:
+  """A converted folder's text encoder: captions -> rows [B,M,E], each embedded once and kept on disk.
+
+  Attributes:
+    tokens: see `UMT5Encoder`.
+  """
+
+  _BATCH = 8
+
+  def __init__(self, folder: pathlib.Path, length: int, config: UMT5Config):
+    self._folder, self._config = folder, config
+    self._encoder = UMT5Encoder(str(folder / "tokenizer.json"), length, config)
+    self._encode, self.tokens = jax.jit(self._encoder.encode), self._encoder.tokens
+
+  @property
+  def _cache(self) -> TextCache:
+    weights = f"{self._folder.resolve()} {(self._folder / 'text' / '_METADATA').stat().st_mtime_ns}"
+    where = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sfjax" / "text"
+    shape = self._encoder.length, self._config.dim
+    return TextCache(where, self._encoder.identity(weights), shape, self._config.dtype)
+
+  def _encoding(self):
+    """For `TextCache.embed`; the weights are loaded where a prompt is new, once, and gone with this function."""
+    params = functools.cache(lambda: wan.load_text(self._folder, self._config))
+    return lambda some: np.asarray(self._encode(params(), self.tokens(some)))
+
+  def __call__(self, captions: list[str], flag: str = "--prompt") -> Float[np.ndarray, "B M E"]:
+    return self._cache.embed(captions, self._encoding(), self._BATCH, flag)
+
+  def prepare(self, captions: list[str], flag: str) -> None:
+    """Embeds those that are not on disk yet; raises UserError at one that is not valid text."""
+    cache, encode = self._cache, self._encoding()
+    new = [caption for caption in captions if not cache.path(caption, flag).is_file()]
+    for some in itertools.batched(new, self._BATCH):
+      cache.embed(list(some), encode, self._BATCH, flag)
+
+
+def embedder(folder, model: ModelConfig, flag: str = "--checkpoint") -> Embedder:
+  """The text encoder of a converted folder, in the model's dtype. Raises UserError: there is none."""
+  folder = pathlib.Path(folder)
+  sizes = dataclasses.replace(_sizes(folder, "text", UMT5Config, flag), dtype=model.dtype, param_dtype=model.dtype)
+  return Embedder(folder, model.text_len, sizes)
+
+
 def around(config: Config, folder: pathlib.Path | None = None) -> tuple[Config, Around]:
   """The config with the dtypes that its weights are held in, and the sizes of what stands around the DiT.
 
@@ -104,7 +192,7 @@ def around(config: Config, folder: pathlib.Path | None = None) -> tuple[Config, 
   if folder is None and model.latent_channels not in codecs:
     accepted = ", ".join(f"{channels} ({name})" for channels, name in codecs.items())
     raise UserError(f"--config.model.latent_channels: {model.latent_channels}; accepted are {accepted}")
-  if not (folder / "dit").is_dir() if folder else model.latent_channels != vae.z_dim:
+  if not (folder / "dit").is_dir() if folder else not of_wan(model):
     return config, Around(text=WordEncoder(model.text_len, model.text_dim))
   if folder:
     vae, text = _sizes(folder, "vae", WanVAEConfig), _sizes(folder, "text", UMT5Config)
@@ -133,20 +221,9 @@ def _digits(folder: pathlib.Path, config: Config) -> Parts:
 
 def _wan(folder: pathlib.Path, config: Config) -> Parts:
   config, sizes = around(config, folder)
-  model, text = config.model, sizes.text
-  encoder = UMT5Encoder(str(folder / "tokenizer.json"), model.text_len, text)
-  encode = jax.jit(encoder.encode)
-
-  def embeddings(captions: list[str]):
-    weights = f"{folder.resolve()} {(folder / 'text' / '_METADATA').stat().st_mtime_ns}"
-    where = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sfjax" / "text"
-    cache = TextCache(where, encoder.identity(weights), (model.text_len, text.dim), text.dtype)
-    # Loaded where a prompt is new, once, and gone again before sampling.
-    params = functools.cache(lambda: wan.load_text(folder, text))
-    return jnp.asarray(cache.embed(captions, lambda some: np.asarray(encode(params(), encoder.tokens(some))), batch=8))
-
-  dit, pixels = wan.load_dit(folder, model), wan.load_vae(folder, sizes.vae)
-  return wan_parts(config, sizes, dit, pixels, encoder.tokens, embeddings)
+  text = Embedder(folder, config.model.text_len, sizes.text)
+  dit, pixels = wan.load_dit(folder, config.model), wan.load_vae(folder, sizes.vae)
+  return wan_parts(config, sizes, dit, pixels, text.tokens, lambda captions: jnp.asarray(text(captions)))
 
 
 def in_compute_dtype(config: Config, vae: WanVAEConfig) -> tuple[Config, WanVAEConfig]:
@@ -207,14 +284,12 @@ def with_tiny_decoder(parts: Parts, file) -> Parts:
   return dataclasses.replace(parts, around=sizes, others=others, **_streaming(parts.config, codec, params))
 
 
-def _sizes(folder: pathlib.Path, part: str, config):
+def _sizes(folder: pathlib.Path, part: str, config, flag: str = "--checkpoint"):
   """A part's config. Raises UserError where the part or its config is absent or damaged."""
   file = folder / f"{part}.json"
   if not file.is_file():
-    raise UserError(
-      f"--checkpoint: {folder} holds no {part}; convert one into it: python -m sfjax.convert SRC {folder}"
-    )
+    raise UserError(f"{flag}: {folder} holds no {part}; convert one into it: python -m sfjax.convert SRC {folder}")
   try:
-    return to_dataclass(config, json.loads(file.read_text()), f"--checkpoint: {file}")
+    return to_dataclass(config, json.loads(file.read_text()), f"{flag}: {file}")
   except ValueError as e:
-    raise UserError(f"--checkpoint: {file} is damaged: {e}") from e
+    raise UserError(f"{flag}: {file} is damaged: {e}") from e

@@ -40,12 +40,19 @@ def apply(model: ModelConfig, params, *args):
 
 def abstract_params(model: ModelConfig) -> dict:
   """Shapes and dtypes of the parameters as a pure dict."""
-  return nnx.to_pure_dict(_abstract(model)[1])
+  plain = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # whatever mesh was set when the cached ones were found
+  return jax.tree.map(plain, nnx.to_pure_dict(_abstract(model)[1]))
 
 
 def init_params(model: ModelConfig, seed: int = 0) -> dict:
   """Random weights as a pure dict (self_forcing section 1.6)."""
   return nnx.to_pure_dict(nnx.state(DiT(model, nnx.Rngs(params=jax.random.key(seed, impl="rbg")))))
+
+
+def for_compute(model: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
+  """Weights that get no gradient, in the dtype they are used in, as each use would cast them; and their model."""
+  model = dataclasses.replace(model, param_dtype=model.dtype)
+  return model, jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract_params(model))
 
 
 def start(
@@ -248,14 +255,15 @@ def self_forcing(
   if cache_gradient not in CACHE_GRADIENTS:
     raise ValueError(f"cache_gradient: {cache_gradient!r}; want one of {', '.join(CACHE_GRADIENTS)}")
   constant = functools.partial(jax.tree.map, jax.lax.stop_gradient)
-  fixed, before, sigmas, nb = constant(params), constant(memory), jnp.asarray(sampler.sigmas), model.layout.blocks
+  before, sigmas, nb = constant(memory), jnp.asarray(sampler.sigmas), model.layout.blocks
+  quiet_model, fixed = for_compute(model, constant(params))
 
   def chunk(memory):
     memory, how = _begin(model, cfg, memory, in_place=True)
     keys = chunk_keys(key, sample, memory.chunk[0])
     noise = _first_noise(model, keys)
     pass_over = lambda memory, x, i, **more: _forward(
-      model, cfg, fixed, memory, x, jnp.full(noise.shape[:2], sigmas[i]), commit=False, **how, **more
+      quiet_model, cfg, fixed, memory, x, jnp.full(noise.shape[:2], sigmas[i]), commit=False, **how, **more
     )
 
     def quiet(i, state):
@@ -267,7 +275,7 @@ def self_forcing(
     out, memory, read = pass_over(memory, x, exit_step, keep=True)
     origins, first = memory.origin, kv.ring_block(model, cfg, memory.chunk[0])
     x0 = to_x0(model, out, x, jnp.full(noise.shape[:2], sigmas[exit_step]))
-    memory = commit(model, cfg, fixed, memory, x0, **how)
+    memory = commit(quiet_model, cfg, fixed, memory, x0, **how)
     own = lambda x, width: jax.lax.dynamic_slice_in_dim(x, first * width, nb * width, 2)
     k, v = own(memory.k, BLOCK), own(memory.v, BLOCK)
     content = jax.vmap(lambda v: block_content(v, model.layout))(v)

@@ -13,35 +13,67 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from sfjax import distill, rollout, teacher_forcing
-from sfjax.checkpoint import load_config, load_params
+from sfjax import captions, cluster, distill, rollout, teacher_forcing
+from sfjax.checkpoint import load_config
 from sfjax.cluster import AXES, BATCH
 from sfjax.config import Config, Stage, to_dataclass
-from sfjax.data.loader import Prompts, Source
+from sfjax.data.loader import PromptFile, Prompts, Source
 from sfjax.errors import UserError
 from sfjax.memory import init_memory
 from sfjax.model import ModelConfig
-from sfjax.objective import clip_keys, text_kv
-from sfjax.optimizer import averaged, matrices, only_finite, optimizer, skipped
+from sfjax.objective import clip_keys
+from sfjax.optimizer import averaged, begun, matrices, only_finite, optimizer, skipped
+from sfjax.parts import load_model
 
-_FLAG = "config.distill.teacher"
+
+def _teacher_folder(config: Config) -> tuple[str, str]:
+  return config.distill.teacher, "config.distill.teacher"
 
 
-@functools.cache
-def teacher_model(config: Config) -> ModelConfig:
-  """The teacher's architecture, computed in the student's dtype and with its remat; the critic has it too.
+def _critic_folder(config: Config) -> tuple[str, str]:
+  return (config.distill.critic, "config.distill.critic") if config.distill.critic else _teacher_folder(config)
+
+
+def _judge(config: Config, folder: str, flag: str) -> ModelConfig:
+  """A judge's architecture, computed in the student's dtype and with its remat.
 
   Raises:
     UserError: no model folder, or one whose clips are not some of the student's chunks.
   """
-  model = to_dataclass(Config, load_config(config.distill.teacher, _FLAG), _FLAG).model
+  model = to_dataclass(Config, load_config(folder, flag), flag).model
   student = config.model
   for key in ("latent_size", "latent_channels", "text_len", "text_dim"):
     if getattr(model, key) != getattr(student, key):
-      raise UserError(f"{_FLAG}: its {key} is {getattr(model, key)}; want the student's, {getattr(student, key)}")
-  if model.chunk_frames % student.chunk_frames:
-    raise UserError(f"{_FLAG}: its clips have {model.chunk_frames} latents; want a multiple of {student.chunk_frames}")
-  return dataclasses.replace(model, dtype=student.dtype, remat=student.remat)
+      raise UserError(f"{flag}: its {key} is {getattr(model, key)}; want the student's, {getattr(student, key)}")
+  latents = config.distill.latents or model.chunk_frames
+  if latents % student.chunk_frames:
+    raise UserError(f"{flag}: its clips have {latents} latents; want a multiple of {student.chunk_frames}")
+  return dataclasses.replace(model, chunk_frames=latents, dtype=student.dtype, remat=student.remat)
+
+
+@functools.cache
+def teacher_model(config: Config) -> ModelConfig:
+  """The teacher's architecture; its weights, which never change, are held in the dtype that it computes in.
+
+  Raises:
+    UserError: see `_judge`.
+  """
+  model = _judge(config, *_teacher_folder(config))
+  return dataclasses.replace(model, param_dtype=model.dtype)
+
+
+@functools.cache
+def critic_model(config: Config) -> ModelConfig:
+  """The critic's architecture: that of the folder it begins as.
+
+  Raises:
+    UserError: see `_judge`; or its clips are not as long as the teacher's.
+  """
+  folder, flag = _critic_folder(config)
+  model, latents = _judge(config, folder, flag), teacher_model(config).chunk_frames
+  if model.chunk_frames != latents:
+    raise UserError(f"{flag}: its clips have {model.chunk_frames} latents; want the teacher's {latents}")
+  return dataclasses.replace(model, param_dtype="float32")
 
 
 def judged_chunks(config: Config) -> int:
@@ -49,10 +81,16 @@ def judged_chunks(config: Config) -> int:
   return teacher_model(config).chunk_frames // config.model.chunk_frames
 
 
-def fixed(config: Config) -> dict:
-  """The teacher's weights, {"dit", "text"}."""
-  like = teacher_forcing.abstract_model(dataclasses.replace(config, model=teacher_model(config)))
-  return load_params(config.distill.teacher, like, _FLAG)
+def abstract_judge(model: ModelConfig) -> dict:
+  """Shapes of a judge's weights."""
+  return {"dit": rollout.abstract_params(model)} | captions.encoder_of(model).abstract()
+
+
+def fixed(config: Config, mesh: Mesh | None = None) -> dict:
+  """The teacher's weights, split over the mesh if one is given."""
+  return load_model(
+    config.distill.teacher, cluster.laid_out(mesh, abstract_judge(teacher_model(config))), _teacher_folder(config)[1]
+  )
 
 
 def source(config: Config, stage: Stage) -> Source:
@@ -60,7 +98,7 @@ def source(config: Config, stage: Stage) -> Source:
 
   Raises:
     UserError: rollouts shorter than what the teacher judges, one-chunk clips beside them, a dense stage, accumulated
-      gradients, or a sampler that is not a student's.
+      gradients, a sampler that is not a student's, or no prompts.
   """
   least, sampler = judged_chunks(config), config.sampler
   if stage.chunks < least or stage.firsts or stage.dense:
@@ -73,12 +111,16 @@ def source(config: Config, stage: Stage) -> Source:
     raise UserError(f"config.sampler: {what}; with a teacher want few_step and guidance 1")
   if config.train.accumulate != 1:
     raise UserError(f"config.train.accumulate: {config.train.accumulate}; with a teacher want 1")
-  return Prompts(teacher_forcing.source(config, dataclasses.replace(stage, chunks=least)))
+  if config.data.source != "prompts":
+    return Prompts(teacher_forcing.source(config, dataclasses.replace(stage, chunks=least)))
+  prompts = PromptFile(config.data.path, "config.data.path")
+  captions.encoder_of(config.model).prepare(config, [*prompts.lines, config.distill.negative], "config.data.path")
+  return prompts
 
 
-def inputs(config: Config, batch: dict):
-  """A batch of the loader as an array: words int32 [B,M]."""
-  return teacher_forcing.words(config, batch["caption"])
+def inputs(config: Config, batch: dict) -> captions.Text:
+  """A batch of the loader as arrays."""
+  return captions.text(config, batch["caption"], config.distill.negative)
 
 
 def critic_optimizer(config: Config) -> optax.GradientTransformation:
@@ -88,18 +130,26 @@ def critic_optimizer(config: Config) -> optax.GradientTransformation:
   return only_finite(optax.chain(optax.clip_by_global_norm(t.clip), adam))
 
 
-def state(config: Config) -> dict:
-  """{"step", "params", "ema", "opt", "critic", "critic_opt"} before the first step: the critic begins as the teacher."""
-  critic = fixed(config)
-  return teacher_forcing.state(config) | {"critic": critic, "critic_opt": critic_optimizer(config).init(critic)}
+def state(config: Config, mesh: Mesh | None = None) -> dict:
+  """{"step", "params", "ema", "opt", "critic", "critic_opt"} before the first step, on the mesh if one is given."""
+  folder, flag = _critic_folder(config)
+  critic = load_model(folder, cluster.laid_out(mesh, abstract_judge(critic_model(config))), flag)
+  return state_of(config, teacher_forcing.init_model(config, mesh), critic, mesh)
 
 
-def student_rollout(config: Config, params: dict, words, key, samples, silent, exit_step):
+def state_of(config: Config, params: dict, critic: dict, mesh: Mesh | None = None) -> dict:
+  """`state` with these parameters."""
+  critic_opt = begun(critic_optimizer(config), critic, mesh)
+  return teacher_forcing.state_of(config, params, mesh) | {"critic": critic, "critic_opt": critic_opt}
+
+
+def student_rollout(config: Config, params: dict, prompt: captions.Rows, key, samples, silent, exit_step):
   """`silent` chunks without gradient, then as many as the teacher judges: (latents [B,T,h,w,C], `rollout.Looks`)."""
   model, cfg, sampler = config.model, config.memory, config.sampler
-  k, v = text_kv(model, params, words)
+  k, v = captions.kv(model, params, prompt)
   memory, fixed = jax.lax.stop_gradient((init_memory(model, cfg, (k, v), config.train.seed), params["dit"]))
-  one = lambda _, m: rollout.rollout_chunk(model, cfg, sampler, fixed, m, key, samples, in_place=True)[1]
+  quiet, fixed = rollout.for_compute(model, fixed)
+  one = lambda _, m: rollout.rollout_chunk(quiet, cfg, sampler, fixed, m, key, samples, in_place=True)[1]
   memory = jax.lax.fori_loop(0, silent, one, memory)
   latents, _, looks = rollout.self_forcing(
     model,
@@ -116,18 +166,31 @@ def student_rollout(config: Config, params: dict, words, key, samples, silent, e
   return latents.reshape(latents.shape[0], -1, *latents.shape[3:]), looks
 
 
-def student_loss(config: Config, params: dict, critic: dict, teacher: dict, words, keys, index, silent, exit_step):
+def real_score(config: Config, teacher: dict, text: captions.Text) -> distill.Denoiser:
+  """The teacher's opinion, with guidance."""
+  model = teacher_model(config)
+  kv = functools.partial(captions.kv, model, teacher)
+  return distill.denoiser(model, teacher["dit"], kv(text.prompt), kv(text.null), config.distill.guidance)
+
+
+def fake_score(config: Config, critic: dict, text: captions.Text) -> distill.Denoiser:
+  """The critic's opinion."""
+  model = critic_model(config)
+  return distill.denoiser(model, critic["dit"], captions.kv(model, critic, text.prompt))
+
+
+def student_loss(
+  config: Config, params: dict, critic: dict, teacher: dict, text: captions.Text, keys, index, silent, exit_step
+):
   """The generator's loss and the importance head's: (loss, (metrics, latents [B,T,h,w,C])).
 
   Args:
     keys: of the rollout's noise and of the judges'. index: places of the clips in the step's whole batch.
   """
-  model, d = teacher_model(config), config.distill
   play, judge = keys
-  x, looks = student_rollout(config, params, words, play, index, silent, exit_step)
-  kv = functools.partial(text_kv, model)
-  real = distill.denoiser(model, teacher["dit"], kv(teacher, words), kv(teacher, jnp.zeros_like(words)), d.guidance)
-  fake = distill.denoiser(model, critic["dit"], kv(critic, words))
+  x, looks = student_rollout(config, params, text.prompt, play, index, silent, exit_step)
+  real, fake = real_score(config, teacher, text), fake_score(config, critic, text)
+  d = config.distill
   value, metrics = distill.STUDENT_LOSSES[d.loss](clip_keys(judge, index), x, real, fake, d.shift, d.levels)
   aux = jnp.zeros(())
   if config.memory.importance == "learned":
@@ -136,12 +199,21 @@ def student_loss(config: Config, params: dict, critic: dict, teacher: dict, word
   return total, (metrics | {"loss": total, "importance": aux}, x)
 
 
-def critic_loss(config: Config, critic: dict, words, keys, x):
+def critic_loss(config: Config, critic: dict, prompt: captions.Rows, keys, x):
   """The critic's loss on a student's latents x [B,T,h,w,C]; keys: one for each clip."""
-  model = teacher_model(config)
-  kv = text_kv(model, critic, words)
+  model = critic_model(config)
+  kv = captions.kv(model, critic, prompt)
   output = lambda y, sigma: distill.whole_clip(model, critic["dit"], kv, y, sigma)
   return distill.critic_loss(keys, x, model, output, config.distill.shift, config.distill.levels)
+
+
+def drawn(config: Config, stage: Stage, step):
+  """What a step draws for all devices: silent chunks, the exit step, and keys of the rollout, the judges and the critic."""
+  key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+  coin, length, leave, *keys = jax.random.split(key, 6)
+  spare = stage.chunks - judged_chunks(config)
+  silent = jax.random.randint(length, (), 1, spare + 1) * jax.random.bernoulli(coin) if spare else 0
+  return silent, jax.random.randint(leave, (), 0, config.sampler.steps), keys
 
 
 def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, batches: list) -> tuple[dict, dict]:
@@ -149,34 +221,32 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, bat
 
   All devices' rollouts have one length, by half of the steps that of a teacher's clip, and leave at one step.
   """
-  ((words, index),) = batches
-  key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
-  coin, length, leave, play, judge, critic_key = jax.random.split(key, 6)
-  spare = stage.chunks - judged_chunks(config)
-  silent = jax.random.randint(length, (), 1, spare + 1) * jax.random.bernoulli(coin) if spare else 0
-  exit_step = jax.random.randint(leave, (), 0, config.sampler.steps)
+  ((text, index),) = batches
+  silent, exit_step, (play, judge, critic_key) = drawn(config, stage, state["step"])
 
-  def of_student(params, critic, teacher, words, index):
-    of = lambda p: student_loss(config, p, critic, teacher, words, (play, judge), index, silent, exit_step)
+  def of_student(params, critic, teacher, text, index):
+    of = lambda p: student_loss(config, p, critic, teacher, text, (play, judge), index, silent, exit_step)
     (_, (metrics, x)), grads = jax.value_and_grad(of, has_aux=True)(params)
     return jax.lax.pmean((metrics, grads), AXES), x
 
-  def of_critic(critic, words, index, key, x):
-    of = lambda c: critic_loss(config, c, words, clip_keys(key, index), x)
+  def of_critic(critic, prompt, index, key, x):
+    of = lambda c: critic_loss(config, c, prompt, clip_keys(key, index), x)
     return jax.lax.pmean(jax.value_and_grad(of)(critic), AXES)
 
   shared, split = PartitionSpec(), BATCH
   own = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
   (metrics, grads), x = own(of_student, in_specs=(shared, shared, shared, split, split), out_specs=(shared, split))(
-    state["params"], state["critic"], fixed, words, index
+    state["params"], state["critic"], fixed, text, index
   )
   of_critic = own(of_critic, in_specs=(shared, split, split, shared, split), out_specs=shared)
   updates, opt = optimizer(config.train).update(grads, state["opt"], state["params"])
   params = optax.apply_updates(state["params"], updates)
+  # The critic's turn comes when the student's gradient is gone: else both would be held at once.
+  x, params, opt = jax.lax.optimization_barrier((x, params, opt))
 
   def learn(carry, key):
     critic, opt = carry
-    loss, grads = of_critic(critic, words, index, key, x)
+    loss, grads = of_critic(critic, text.prompt, index, key, x)
     updates, opt = critic_optimizer(config).update(grads, opt, critic)
     return (optax.apply_updates(critic, updates), opt), loss
 

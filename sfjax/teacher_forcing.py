@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from sfjax import rollout
-from sfjax.checkpoint import load_params
+from sfjax import captions, cluster, rollout
 from sfjax.cluster import AXES, BATCH
 from sfjax.codec import DigitsCodec
 from sfjax.config import Config, Stage
@@ -18,31 +17,35 @@ from sfjax.data.loader import DigitsSource, Source
 from sfjax.data.video_folder import VideoFolder
 from sfjax.errors import UserError
 from sfjax.objective import loss
-from sfjax.optimizer import averaged, optimizer, skipped
-from sfjax.text import WordEncoder
+from sfjax.optimizer import averaged, begun, optimizer, skipped
+from sfjax.parts import load_model, of_wan
 
 
 def abstract_model(config: Config) -> dict:
   """Shapes of all trained parameters."""
-  text = jax.eval_shape(lambda: WordEncoder(config.model.text_len, config.model.text_dim).init(0))
-  return {"dit": rollout.abstract_params(config.model), "text": text}
+  return {"dit": rollout.abstract_params(config.model)} | captions.encoder_of(config.model).abstract()
 
 
-def init_model(config: Config) -> dict:
-  """Fresh parameters, or those of the folder `train.init`."""
+def init_model(config: Config, mesh: Mesh | None = None) -> dict:
+  """Fresh parameters, or those of the folder `train.init`, split over the mesh if one is given."""
   if config.train.init:
-    return load_params(config.train.init, abstract_model(config), "config.train.init")
+    return load_model(config.train.init, cluster.laid_out(mesh, abstract_model(config)), "config.train.init")
   seed = config.train.seed
-  encoder = WordEncoder(config.model.text_len, config.model.text_dim)
-  return {"dit": rollout.init_params(config.model, seed), "text": encoder.init(seed)}
+  fresh = {"dit": rollout.init_params(config.model, seed)} | captions.encoder_of(config.model).init(seed)
+  return fresh if mesh is None else cluster.place(fresh, cluster.shardings(mesh, fresh))
 
 
 def source(config: Config, stage: Stage) -> Source:
   """The stage's clips.
 
   Raises:
-    UserError: an unknown source, no path where one is needed, or a size that digits do not have.
+    UserError: an unknown source, no path where one is needed, a size that digits do not have, or a model of Wan2.1's latents.
   """
+  if of_wan(config.model):
+    raise UserError(
+      f"config.data.source: {config.data.source}: clips of Wan2.1's latents cannot be read yet; want prompts, and a "
+      "config.distill.teacher"
+    )
   data, frames = config.data, frames_of_chunks(stage.chunks)
   size = tuple(n * DigitsCodec().space for n in config.model.latent_size)
   if data.source == "folder":
@@ -50,9 +53,10 @@ def source(config: Config, stage: Stage) -> Source:
       raise UserError("config.data.path: ''; want the folder of the videos")
     return VideoFolder(data.path, size, data.fps, frames)
   if data.source != "digits":
-    if data.source == "ode":
-      raise UserError("config.data.source: ode holds trajectories, not clips; want digits or folder")
-    raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder, ode")
+    if data.source in ("ode", "prompts"):
+      what = {"ode": "trajectories", "prompts": "captions alone"}[data.source]
+      raise UserError(f"config.data.source: {data.source} holds {what}, not clips; want digits or folder")
+    raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder, ode, prompts")
   if size != (SIZE, SIZE):
     want = SIZE // DigitsCodec().space
     raise UserError(f"config.model.latent_size: {config.model.latent_size}; digits want ({want}, {want})")
@@ -64,36 +68,32 @@ def source(config: Config, stage: Stage) -> Source:
   return DigitsSource(prompt, memory, stage.p_memory, config.train.seed)
 
 
-def words(config: Config, captions: list[str]):
-  """Word ids of captions, int32 [B,M]."""
-  return WordEncoder(config.model.text_len, config.model.text_dim).tokens(captions, "caption")
-
-
 def inputs(config: Config, batch: dict):
-  """A batch of the loader as arrays: (frames uint8 [B,F,h,w,3], words int32 [B,M])."""
-  return batch["frames"], words(config, batch["caption"])
+  """A batch of the loader as arrays: (frames uint8 [B,F,h,w,3], `captions.Text`)."""
+  return batch["frames"], captions.text(config, batch["caption"])
 
 
-def fixed(config: Config):
+def fixed(config: Config, mesh: Mesh | None = None):
   """What a step needs beside state and batches: nothing."""
   return ()
 
 
-def state(config: Config) -> dict:
-  """{"step", "params", "ema", "opt"} before the first step."""
-  params = init_model(config)
-  return {
-    "step": jnp.zeros((), jnp.int32),
-    "params": params,
-    "ema": jax.tree.map(jnp.copy, params),
-    "opt": optimizer(config.train).init(params),
-  }
+def state(config: Config, mesh: Mesh | None = None) -> dict:
+  """{"step", "params", "ema", "opt"} before the first step, made where it lies on the mesh if one is given."""
+  return state_of(config, init_model(config, mesh), mesh)
+
+
+def state_of(config: Config, params: dict, mesh: Mesh | None = None) -> dict:
+  """`state` with these parameters."""
+  step, ema = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params)
+  step = step if mesh is None else cluster.place(step, cluster.whole(mesh, step))
+  return {"step": step, "params": params, "ema": ema, "opt": begun(optimizer(config.train), params, mesh)}
 
 
 def clip_loss(config: Config, stage: Stage, params: dict, inputs, key, index):
   """`objective.loss` of a batch: (loss, metrics)."""
-  frames, words = inputs
-  return loss(config, stage, params, DigitsCodec().encode(frames), words, key, index)
+  frames, text = inputs
+  return loss(config, stage, params, DigitsCodec().encode(frames), text, key, index)
 
 
 def step(

@@ -5,8 +5,8 @@ teacher. Every host of a run goes through the same loop; the first one logs and 
 """
 
 import contextlib
+import dataclasses
 import functools
-import json
 import pathlib
 import signal
 import time
@@ -18,11 +18,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sfjax import cluster, ode, self_forcing, teacher_forcing
-from sfjax.checkpoint import Checkpoints, export
-from sfjax.config import Config, Stage, to_dict
+from sfjax.checkpoint import Checkpoints
+from sfjax.config import Config, Stage, to_dataclass, to_dict
 from sfjax.data.loader import make_loader
 from sfjax.errors import UserError
 from sfjax.metrics import MetricWriter
+from sfjax.parts import export_model
 from sfjax.runlog import make_folder, peak_memory, run_record, write_json_atomic
 
 _DATA_SEED = 1000  # the clips of stage i come in the order of seed 1000 * train.seed + i
@@ -52,6 +53,12 @@ def jitted_step(config: Config, stage: Stage, mesh: Mesh, where):
   """The task's step, (state, fixed, batches) -> (state, metrics), its state kept at the shardings `where`, in place."""
   step = functools.partial(task(config).step, config, stage, mesh)
   return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+
+def with_batches(config: Config) -> Config:
+  """The config with batches of 0 as large as there are devices."""
+  stages = tuple(dataclasses.replace(s, batch=s.batch or jax.device_count()) for s in config.train.stages)
+  return dataclasses.replace(config, train=dataclasses.replace(config.train, stages=stages))
 
 
 class StopSignal:
@@ -87,6 +94,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
       finite.
     KeyboardInterrupt, SystemExit: after Ctrl-C, and with code 0 after SIGTERM, with all that was done saved.
   """
+  config = with_batches(config)
   t, work = config.train, task(config)
   hosts, first_host = jax.process_count(), jax.process_index() == 0
   workdir = make_folder(workdir, "--workdir")
@@ -96,12 +104,12 @@ def train(config: Config, workdir: str) -> pathlib.Path:
       if part.batch % jax.device_count():
         raise UserError(f"config.train.stages: batch {part.batch} does not divide over {jax.device_count()} devices")
       work.source(config, part)
-  state, fixed = work.state(config), work.fixed(config)
+  state, fixed = work.state(config, mesh), work.fixed(config, mesh)
   where = cluster.shardings(mesh, state)
-  state, fixed = cluster.place(state, where), cluster.place(fixed, cluster.whole(mesh, fixed))
   checkpoints = Checkpoints(workdir / "checkpoints", t.keep_last, t.keep_every)
   if checkpoints.latest() is not None:
-    check_same_experiment(workdir, checkpoints.meta()["config"], json.loads(json.dumps(to_dict(config))))
+    old = to_dataclass(Config, checkpoints.meta()["config"], f"--workdir: {workdir}: config")
+    check_same_experiment(workdir, to_dict(old), to_dict(config))
     state, _ = checkpoints.restore(state)
   step = int(state["step"])
   writer = MetricWriter(workdir, t.steps, step) if first_host else None
@@ -193,5 +201,5 @@ def train(config: Config, workdir: str) -> pathlib.Path:
       peak_memory=peak_memory(),
     )
     write_json_atomic(workdir / "run.json", card)
-    export(workdir / "model", ema, to_dict(config), card)
+    export_model(workdir / "model", ema, config, card)
   return workdir / "model"

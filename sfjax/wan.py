@@ -6,7 +6,7 @@ import pathlib
 import jax
 
 from sfjax import rollout, streamed, wan_vae_keys
-from sfjax.config import Config, DataConfig, Stage, TrainConfig
+from sfjax.config import Config, DataConfig, DistillConfig, Stage, TrainConfig
 from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
@@ -19,6 +19,13 @@ MEMORY = {
   "dense": MemoryConfig(window=7),  # 21 latents, Self-Forcing's cache
   "bidirectional": MemoryConfig(window=1),  # one chunk of 21 latents
 }
+MEMORY |= {"student": MEMORY["sparse"], "student_dense": MEMORY["dense"]}
+CLIP = 21  # latents of a clip, 81 frames
+# What Wan2.1's guidance leads away from, as it was published with the weights.
+NEGATIVE = (
+  "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+  "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 FEW_STEPS = SamplerConfig(kind="few_step", steps=4, shift=5.0)  # Self-Forcing's students
 MANY_STEPS = SamplerConfig(kind="euler", steps=50, shift=5.0, guidance=5.0)  # Wan2.1 as it was published
 
@@ -33,8 +40,10 @@ def wan_config(model: ModelConfig, variant: str = "sparse") -> Config:
     raise ValueError(f"unknown variant {variant!r}; accepted are {', '.join(repr(v) for v in MEMORY)}")
   whole = variant == "bidirectional"
   if whole:
-    model = dataclasses.replace(model, chunk_frames=21)
+    model = dataclasses.replace(model, chunk_frames=CLIP)
   stage = Stage(until=1.0, chunks=1 if whole else 7, batch=1)
+  if variant.startswith("student"):
+    return _student(model, MEMORY[variant], dataclasses.replace(stage, batch=0))
   return Config(
     name="wan",
     model=model,
@@ -42,6 +51,30 @@ def wan_config(model: ModelConfig, variant: str = "sparse") -> Config:
     sampler=MANY_STEPS if whole else FEW_STEPS,
     data=DataConfig(source="folder", fps=16.0),
     train=TrainConfig(steps=1000, stages=(stage,), lr=1e-5),
+  )
+
+
+def _student(model: ModelConfig, memory: MemoryConfig, stage: Stage) -> Config:
+  """Distillation as Self-Forcing does it (self_forcing section 4.5), but for five critic steps on each of the student's."""
+  return Config(
+    name="wan",
+    model=dataclasses.replace(model, remat="full"),
+    memory=memory,
+    sampler=FEW_STEPS,
+    data=DataConfig(source="prompts", fps=16.0),
+    train=TrainConfig(
+      steps=120,
+      stages=(stage,),
+      lr=2e-6,
+      betas=(0.0, 0.999),
+      warmup=0,
+      decay=0.001,
+      clip=10.0,
+      ema=0.99,
+      log_every=1,
+      save_every=20,
+    ),  # fmt: skip
+    distill=DistillConfig(latents=CLIP, guidance=4.0, negative=NEGATIVE, critic_lr=4e-7),  # its 3.0 counts from 1
   )
 
 

@@ -3,6 +3,7 @@
 Grain does the work: a seeded shuffle anew for every epoch, a slice for every host, threads that prepare batches ahead.
 """
 
+import pathlib
 from typing import Protocol
 
 import grain
@@ -10,6 +11,7 @@ import numpy as np
 from absl import flags
 
 from sfjax.data.digits import DigitsConfig, render, render_mixed
+from sfjax.errors import UserError
 
 
 class Source(Protocol):
@@ -63,6 +65,35 @@ class Prompts:
     return {"caption": self._source[index]["caption"]}
 
 
+class PromptFile:
+  """The lines of a text file: {"caption": str}; empty lines are none.
+
+  Attributes:
+    lines: all of them.
+
+  Raises:
+    UserError: the file cannot be read, or has no line; names `flag`.
+  """
+
+  def __init__(self, path: str, flag: str):
+    if not path:
+      raise UserError(f"{flag}: ''; want a text file, one prompt a line")
+    try:
+      text = pathlib.Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+      why = e.strerror if isinstance(e, OSError) else "not UTF-8"
+      raise UserError(f"{flag}: {path} cannot be read ({why})") from e
+    self.lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not self.lines:
+      raise UserError(f"{flag}: {path} holds no prompt; want one a line")
+
+  def __len__(self) -> int:
+    return len(self.lines)
+
+  def __getitem__(self, index: int) -> dict:
+    return {"caption": self.lines[index]}
+
+
 def _stack(examples) -> dict:
   """Arrays on a leading axis, strings in a list."""
   columns = {key: [e[key] for e in examples] for key in examples[0]}
@@ -106,7 +137,7 @@ def make_loader(
   if not 0 <= process_index < process_count:
     raise ValueError(f"process_index: {process_index} is not accepted; 0..{process_count - 1}")
   clips = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-  batches = clips[process_index::process_count].batch(batch_size, batch_fn=_stack)[start:]
+  batches = clips[process_index : 2**62 : process_count].batch(batch_size, batch_fn=_stack)[start:]
   dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
   if workers:
     if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags; their defaults will do

@@ -9,6 +9,7 @@ import pytest
 
 from sfjax import objective, rollout
 from sfjax.attention import Parallel
+from sfjax.captions import Text
 from sfjax.config import Config, DataConfig, Stage, TrainConfig
 from sfjax.flow import SamplerConfig, add_noise, shift_sigma
 from sfjax.routing import MemoryConfig
@@ -32,7 +33,7 @@ def make(model=MODEL, **train):
 def inputs():
   latents = np.random.default_rng(0).normal(size=(B, CHUNKS * 3, 4, 6, 3)).astype(np.float32)
   words = WordEncoder(4, 8).tokens(["a red 3", "blue 7", "a digit"])
-  return jnp.asarray(latents), jnp.asarray(words)
+  return jnp.asarray(latents), Text(jnp.asarray(words), jnp.zeros_like(words))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_gradients_come_from_where_they_should(inputs, params):
     assert not other.any(), name  # the head learns from its own loss alone, and nothing else from that
     layers = mine if name.startswith("dit/blocks") else mine[None]
     assert all(layer.any() for layer in layers), name
-  used = np.unique(inputs[1])
+  used = np.unique(inputs[1].prompt)
   assert set(np.flatnonzero(np.abs(by_flow["text"]["word"]).sum(1))) == set(used[used > 0])
 
 
@@ -167,13 +168,14 @@ def test_dropped_prompts_are_zero_tokens(inputs, monkeypatch):
   run(make(p_drop_prompt=1.0), inputs)
   assert net.text.shape == (B, 4, 8) and not net.text.any()
   run(make(p_drop_prompt=0.0), inputs)
-  np.testing.assert_array_equal(net.text.any(-1), inputs[1] > 0)
+  np.testing.assert_array_equal(net.text.any(-1), inputs[1].prompt > 0)
   kept = []
   for key in range(20):
     run(make(p_drop_prompt=0.5), inputs, key)
     rows = np.asarray(net.text.any(-1))
     kept.append(rows.any(1))
-    np.testing.assert_array_equal(rows, np.asarray(inputs[1] > 0) & rows.any(1, keepdims=True))  # whole or nothing
+    whole = np.asarray(inputs[1].prompt > 0)
+    np.testing.assert_array_equal(rows, whole & rows.any(1, keepdims=True))  # or nothing
   assert 0.25 < np.mean(kept) < 0.75  # as above
 
 

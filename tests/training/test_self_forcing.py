@@ -41,8 +41,8 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def words():
-  return jnp.asarray(self_forcing.inputs(make(""), {"caption": ["a red 3", "a blue 7 and a green 1"]}))
+def text():
+  return jax.tree.map(jnp.asarray, self_forcing.inputs(make(""), {"caption": ["a red 3", "a blue 7 and a green 1"]}))
 
 
 def begin(config):
@@ -60,12 +60,12 @@ def moved(old, new):
   return {name for name in old if np.any(old[name] != new[name])}
 
 
-def test_a_step_moves_the_student_and_then_the_critic(teacher, words):
+def test_a_step_moves_the_student_and_then_the_critic(teacher, text):
   config = make(teacher)
   state, fixed = begin(config), self_forcing.fixed(config)
   step = jax.jit(lambda s, f, b: self_forcing.step(config, STAGE, cluster.make_mesh(), s, f, b))
-  once, metrics = step(state, fixed, [(words, jnp.arange(B))])
-  twice, more = step(once, fixed, [(words, jnp.arange(B))])
+  once, metrics = step(state, fixed, [(text, jnp.arange(B))])
+  twice, more = step(once, fixed, [(text, jnp.arange(B))])
   assert int(twice["step"]) == 2 and all(np.isfinite(x) for x in (*metrics.values(), *more.values()))
   assert metrics["not_finite"] == 0 and metrics["importance"] > 0 and metrics["grad_norm"] > 0
   for part in ("params", "critic"):
@@ -74,11 +74,11 @@ def test_a_step_moves_the_student_and_then_the_critic(teacher, words):
     assert not {name for name in still if name.startswith("dit") and "importance" not in name}, part
   assert {n for n in moved(state["params"], twice["params"]) if "importance" in n}
   assert not moved(fixed, self_forcing.fixed(config))
-  again, _ = step(state, fixed, [(words, jnp.arange(B))])
+  again, _ = step(state, fixed, [(text, jnp.arange(B))])
   assert not moved(once, again)
 
 
-def test_two_scores_alike_leave_the_student_alone(teacher, words):
+def test_two_scores_alike_leave_the_student_alone(teacher, text):
   """Without guidance, a critic that is the teacher has nothing to say: only the importance head learns."""
   config = make(teacher, guidance=1.0)
   params, fixed = begin(config)["params"], self_forcing.fixed(config)
@@ -87,7 +87,7 @@ def test_two_scores_alike_leave_the_student_alone(teacher, words):
   @jax.grad
   def gradient(params, critic):
     keys = jax.random.split(jax.random.key(0))
-    return self_forcing.student_loss(config, params, critic, fixed, words, keys, jnp.arange(B), 0, 1)[0]
+    return self_forcing.student_loss(config, params, critic, fixed, text, keys, jnp.arange(B), 0, 1)[0]
 
   alike, apart = gradient(params, fixed), gradient(params, jax.tree.map(lambda x: 1.1 * x, fixed))
   of = lambda grads, head: {n for n, x in checkpoint.named(grads).items() if np.any(x) and ("importance" in n) == head}
@@ -95,16 +95,17 @@ def test_two_scores_alike_leave_the_student_alone(teacher, words):
   assert len(of(apart, False)) > 20
 
 
-def test_only_the_last_chunks_of_a_longer_rollout_are_judged(teacher, words):
+def test_only_the_last_chunks_of_a_longer_rollout_are_judged(teacher, text):
   config = make(teacher)
   params, key, samples = begin(config)["params"], jax.random.key(3), jnp.arange(B)
   last = config.sampler.steps - 1
-  got, looks = jax.jit(lambda n: self_forcing.student_rollout(config, params, words, key, samples, n, last))(SILENT)
+  played = jax.jit(lambda n: self_forcing.student_rollout(config, params, text.prompt, key, samples, n, last))
+  got, looks = played(SILENT)
 
   @jax.jit
   def whole():
-    text = WordEncoder(MODEL.text_len, MODEL.text_dim).encode(params["text"], words)
-    memory = rollout.start(MODEL, config.memory, params["dit"], text, config.train.seed)
+    rows = WordEncoder(MODEL.text_len, MODEL.text_dim).encode(params["text"], text.prompt)
+    memory = rollout.start(MODEL, config.memory, params["dit"], rows, config.train.seed)
     return rollout.rollout(MODEL, config.memory, config.sampler, params["dit"], memory, key, samples, JUDGED + SILENT)[
       0
     ]
@@ -114,13 +115,13 @@ def test_only_the_last_chunks_of_a_longer_rollout_are_judged(teacher, words):
   np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()))
 
 
-def test_the_critic_learns_what_the_student_makes(teacher, words):
+def test_the_critic_learns_what_the_student_makes(teacher, text):
   """Steps on one batch of latents lower the critic's loss on new noise."""
   config = make(teacher)
   critic = self_forcing.fixed(config)
   x = jax.random.normal(jax.random.key(1), (B, JUDGED * 3, *MODEL.latent_size, MODEL.latent_channels)) * 0.2 + 1.0
-  value = jax.jit(lambda c, key: self_forcing.critic_loss(config, c, words, jax.random.split(key, B), x))
-  gradient = jax.jit(jax.grad(lambda c, key: self_forcing.critic_loss(config, c, words, jax.random.split(key, B), x)))
+  loss = lambda c, key: self_forcing.critic_loss(config, c, text.prompt, jax.random.split(key, B), x)
+  value, gradient = jax.jit(loss), jax.jit(jax.grad(loss))
   mean = lambda c: np.mean([value(c, jax.random.key(100 + i)) for i in range(8)])
   tx, before = optax.adam(1e-2), mean(critic)
   opt = tx.init(critic)

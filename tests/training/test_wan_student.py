@@ -1,0 +1,143 @@
+"""Distilling a tiny Wan2.1: a student, its teacher and a text encoder from converted folders, and nothing but prompts."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sfjax import checkpoint, parts, self_forcing, teacher_forcing, training, wan
+from sfjax.config import Config, DataConfig, Stage, load_config, to_dataclass
+from sfjax.data.loader import PromptFile
+from sfjax.errors import UserError
+from tests.wan.test_sample import folder, own_cache  # noqa: F401, fixtures
+
+PROMPTS = ["a cat &amp; a dog", "a boat", "", "  ", "rain on a window"]
+
+
+@pytest.fixture
+def config(folder, tmp_path):  # noqa: F811
+  """Two chunks that are judged whole, on the prompts of a file."""
+  (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+  config = to_dataclass(Config, load_config("configs/wan_1_3b.py:student"))
+  own = to_dataclass(Config, checkpoint.load_config(folder))
+  stages = (Stage(1.0, chunks=2, batch=0),)
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(own.model, dtype="float32", remat="full"),
+    memory=own.memory,
+    sampler=dataclasses.replace(config.sampler, steps=2),
+    data=DataConfig(source="prompts", path=str(tmp_path / "prompts.txt")),
+    train=dataclasses.replace(config.train, steps=2, stages=stages, lr=1e-4, init=str(folder), threads=1),
+    distill=dataclasses.replace(config.distill, teacher=str(folder), latents=6, critic_updates=1, critic_lr=1e-4),
+  )
+
+
+def moved(old, new) -> set[str]:
+  old, new = checkpoint.named(old), checkpoint.named(new)
+  return {name for name in old if np.any(np.asarray(old[name]) != np.asarray(new[name]))}
+
+
+def test_a_student_learns_from_prompts_alone(config, folder, tmp_path, monkeypatch):  # noqa: F811
+  loads, load_text = [], wan.load_text
+  monkeypatch.setattr(wan, "load_text", lambda *a: loads.append(1) or load_text(*a))
+  before, state, fixed = {}, self_forcing.state(config), self_forcing.fixed(config)
+  assert training.task(config) is self_forcing and state["params"].keys() == fixed.keys() == {"dit"}
+  before = jax.tree.map(np.asarray, (state["params"], state["critic"], fixed))
+  model = training.train(config, tmp_path / "run")
+  assert len(loads) == 1  # all prompts before the first step, and nothing new afterwards
+  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert len(lines) == 2 and all(np.isfinite(x) for line in lines for x in line.values())
+  assert all(line["not_finite"] == 0 and line["skipped"] == 0 and line["grad_norm"] > 0 for line in lines)
+  with training.Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+    state, _ = checkpoints.restore(state)
+  for part, old in (("params", before[0]), ("critic", before[1])):
+    assert moved(old, state[part]) == set(checkpoint.named(old))
+  assert not moved(before[2], self_forcing.fixed(config))
+  exported = wan.load_dit(model, dataclasses.replace(config.model, param_dtype="bfloat16"))
+  assert not moved(jax.tree.map(lambda x: x.astype(jnp.bfloat16), state["ema"]["dit"]), exported)
+  with pytest.raises(UserError, match="holds no vae; convert one into it"):
+    parts.load_parts(model)
+
+
+def test_a_teacher_is_held_as_it_computes_and_a_critic_as_it_learns(config):
+  half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+  of = lambda tree: {x.dtype for x in jax.tree.leaves(tree)}
+  assert of(self_forcing.fixed(half)) == {jnp.dtype("bfloat16")}
+  assert of(self_forcing.state(half)["critic"]) == {jnp.dtype("float32")}
+  assert self_forcing.teacher_model(half).chunk_frames == self_forcing.critic_model(half).chunk_frames == 6
+
+
+SCRIPT = """
+import pickle, sys
+import jax, numpy as np
+from sfjax import cluster, self_forcing, teacher_forcing
+config = pickle.load(open(sys.argv[1], "rb"))
+mesh = cluster.make_mesh(4)
+for task in self_forcing, teacher_forcing:
+  whole, split = task.state(config), task.state(config, mesh)
+  jax.tree.map(np.testing.assert_array_equal, whole, split)
+  for x, where in zip(jax.tree.leaves(split), jax.tree.leaves(cluster.shardings(mesh, whole)), strict=True):
+    assert x.sharding == where, (x.sharding, where)
+split = self_forcing.fixed(config, mesh)
+jax.tree.map(np.testing.assert_array_equal, self_forcing.fixed(config), split)
+kernel = split["dit"]["blocks"]["ffn_in"]["kernel"]
+assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+"""
+
+
+def test_a_state_that_is_made_in_its_shards_is_the_whole_one(config, tmp_path):
+  import pickle
+
+  (tmp_path / "config").write_bytes(pickle.dumps(config))
+  env = os.environ | dict(JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+  line = [sys.executable, "-c", SCRIPT, str(tmp_path / "config")]
+  run = subprocess.run(line, env=env, capture_output=True, text=True, timeout=600)
+  assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_lines_of_a_file(tmp_path):
+  file = tmp_path / "prompts.txt"
+  file.write_text("\n".join(PROMPTS), "utf-8")
+  assert PromptFile(str(file), "flag").lines == [p for p in PROMPTS if p.strip()]
+  file.write_bytes(b"\xff\xfe")
+  with pytest.raises(UserError, match=r"flag: .*prompts.txt cannot be read \(not UTF-8\)"):
+    PromptFile(str(file), "flag")
+
+
+@pytest.mark.parametrize(
+  ("change", "line"),
+  [
+    (dict(path=""), r"config.data.path: ''; want a text file, one prompt a line"),
+    (dict(path="/nowhere"), r"config.data.path: /nowhere cannot be read \(No such file or directory\)"),
+    (dict(path="EMPTY"), "config.data.path: .*empty.txt holds no prompt; want one a line"),
+    (dict(source="folder"), "config.data.source: folder: clips of Wan2.1's latents cannot be read yet; want prompts"),
+  ],
+)
+def test_prompts_that_are_refused(config, tmp_path, change, line):
+  (tmp_path / "empty.txt").write_text(" \n\n")
+  change = {k: str(tmp_path / "empty.txt") if v == "EMPTY" else v for k, v in change.items()}
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, **change))
+  with pytest.raises(UserError, match=line):
+    training.train(config, tmp_path / "run")
+
+
+def test_what_else_is_refused(config, tmp_path):
+  prompts = dataclasses.replace(config, distill=dataclasses.replace(config.distill, teacher=""))
+  with pytest.raises(UserError, match="config.data.source: prompts: clips of Wan2.1's .* and a config.distill.teacher"):
+    teacher_forcing.source(prompts, Stage(1.0, chunks=2, batch=1))
+  digits = to_dataclass(Config, load_config("configs/digits.py:tiny"))
+  with pytest.raises(UserError, match="config.data.source: prompts holds captions alone, not clips"):
+    teacher_forcing.source(dataclasses.replace(digits, data=DataConfig(source="prompts")), Stage(1.0, 1, 1))
+  longer = dataclasses.replace(config.distill, latents=7)
+  with pytest.raises(UserError, match="config.distill.teacher: its clips have 7 latents; want a multiple of 3"):
+    self_forcing.teacher_model(dataclasses.replace(config, distill=longer))
+  (tmp_path / "config.json").write_text(json.dumps(json.loads((open(f"{config.train.init}/config.json")).read())))
+  bare = dataclasses.replace(config, distill=dataclasses.replace(config.distill, teacher=str(tmp_path)))
+  with pytest.raises(UserError, match="config.distill.teacher: .* holds no text; convert one into it"):
+    self_forcing.source(bare, bare.train.stages[0])
