@@ -52,7 +52,7 @@ from sfjax.wan_vae import WanVAE, WanVAEConfig
 
 
 def random_weights(like, seed: int):
-  """Weights that keep a signal's size, shaped and typed as `like`: each shape is its own small program."""
+  """Weights that keep a signal's size, shaped, typed and placed as `like`: each shape is its own small program."""
   draw = jax.jit(
     lambda key, shape, dtype, size: (jax.random.normal(key, shape, jnp.float32) * size).astype(dtype),
     static_argnums=(1, 2),
@@ -68,6 +68,8 @@ def random_weights(like, seed: int):
       made.append(jnp.ones(x.shape, x.dtype))
     else:
       made.append(draw(key, x.shape, x.dtype, 0.02))
+    if x.sharding is not None:
+      made[-1] = jax.device_put(made[-1], x.sharding, donate=True)
   return jax.tree.unflatten(jax.tree.structure(like), made)
 
 
