@@ -14,7 +14,8 @@ teacher and critic have the student's sizes, one clip. The other parts are progr
 A rollout's work grows linearly with the step that it exits at, so parts that roll out are timed at the first and at the last,
 and their mean is that of all. Times are medians of --runs after one that is not counted. "held" and "workspace" are the bytes
 of a program as XLA tells when it is compiled; "peak" is what the device had at most until then, so that it is the step's alone
-where "step" runs first. A part that does not fit is left out. Parts add to what --out holds of the same config and device.
+where "step" runs first; "not_finite" counts steps whose gradient was not finite, which take as long. A part that does not fit
+is left out. Parts add to what --out holds of the same config and device.
 """
 
 import dataclasses
@@ -128,6 +129,7 @@ class Bench:
   def _step(self, held: list[dict], fixed, batches, jitted, steps: dict[str, int]) -> dict:
     """A training step: it consumes the state that is held, and leaves the next. steps: which of the run's to do."""
     self.forget()
+    seen = []
     where = jax.tree.map(lambda x: x.sharding, held[0])
 
     def call(program, step):
@@ -135,11 +137,11 @@ class Bench:
       state |= {"step": cluster.place(np.int32(step), where["step"])}
       state, metrics = program(state, fixed, batches)
       held.append(state)
-      if metrics["skipped"]:
-        raise RuntimeError("the gradient is not finite: this was no step")
+      seen.append(metrics["skipped"])
       return metrics
 
-    return self.row(jitted(where), (held[0], fixed, batches), call, steps)
+    row = self.row(jitted(where), (held[0], fixed, batches), call, steps)
+    return row | {"not_finite": sum(int(n > 0) for n in jax.device_get(seen))}
 
   def step(self) -> dict:
     of_exit = {}
@@ -263,6 +265,7 @@ def line(part: str, row: dict) -> str:
     return f"| {part} | {row['skipped']} | | | | | |"
   ends = [f"{row['seconds'][name]:.3f}" if name in row["seconds"] else "" for name in ("first", "last")]
   sizes = [f"{row['bytes'][name] / 1e9:.2f}" for name in ("held", "workspace")]
+  part += " (not finite)" if row.get("not_finite") else ""
   return "| " + " | ".join([part, f"{row['s']:.3f}", *ends, f"{row['compile_s']:.0f}", *sizes]) + " |"
 
 
