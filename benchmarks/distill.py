@@ -144,9 +144,7 @@ class Bench:
     return row | {"not_finite": sum(int(n > 0) for n in jax.device_get(seen))}
 
   def step(self) -> dict:
-    of_exit = {}
-    for step in range(1000):
-      of_exit.setdefault(int(self_forcing.drawn(self.config, self.stage, step)[1]), step)
+    of_exit = {int(self_forcing.drawn(self.config, self.stage, step)[1]): step for step in range(100)}
     batches = cluster.share(self.mesh, [(self.text, cluster.places(1))])
     make = lambda where: training.jitted_step(self.config, self.stage, self.mesh, where)
     steps = {name: of_exit[e] for e, name in self.exits.items()}
@@ -298,9 +296,7 @@ def main(argv: list[str]) -> None:
   keep_programs()
   plain = json.loads(json.dumps(to_dict(config)))
   rows = earlier(out / _FILE, plain)
-  with (
-    tempfile.TemporaryDirectory() as folder
-  ):  # of a teacher like the student: its config alone, the weights are random
+  with tempfile.TemporaryDirectory() as folder:  # of a teacher like the student: a config, the weights are random
     (pathlib.Path(folder) / "config.json").write_text(json.dumps(plain))
     distill = dataclasses.replace(config.distill, teacher=folder, critic_updates=1)
     bench = Bench(dataclasses.replace(config, distill=distill), a.runs)

@@ -77,8 +77,8 @@ def only_finite(tx: optax.GradientTransformation) -> optax.GradientTransformatio
   """
 
   def init(params):
-    zero = jnp.zeros((), jnp.int32)
-    return optax.ApplyIfFiniteState(zero, jnp.array(True), zero, tx.init(params))
+    zero = lambda: jnp.zeros((), jnp.int32)  # one of its own each: a step consumes them
+    return optax.ApplyIfFiniteState(zero(), jnp.array(True), zero(), tx.init(params))
 
   def update(grads, state, params=None):
     finite = jnp.all(jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]))
