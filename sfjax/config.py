@@ -219,7 +219,7 @@ def _suggest_key(config: ConfigDict, node, key: str, part: str) -> str:
   return f"did you mean --config.{leaves[elsewhere[0]]}?" if elsewhere else f"accepted are {', '.join(_leaves(config))}"
 
 
-def load_config(spec: str) -> ConfigDict:
+def load_config(spec: str, flag: str = "--config") -> ConfigDict:
   """`configs/digits.py:variant` -> its locked ConfigDict.
 
   Raises:
@@ -227,19 +227,19 @@ def load_config(spec: str) -> ConfigDict:
   """
   path, _, variant = spec.partition(":")
   if not pathlib.Path(path).is_file() or not path.endswith(".py"):
-    raise UserError(f"--config: {path} is not a python file; want one such as configs/digits.py")
+    raise UserError(f"{flag}: {path} is not a python file; want one such as configs/digits.py")
   module_spec = importlib.util.spec_from_file_location("sfjax_config", path)
   module = importlib.util.module_from_spec(module_spec)
   try:
     module_spec.loader.exec_module(module)
   except (SyntaxError, UnicodeDecodeError) as e:
-    raise UserError(f"--config: {path} is not readable Python: {e}") from e
+    raise UserError(f"{flag}: {path} is not readable Python: {e}") from e
   if not hasattr(module, "get_config"):
-    raise UserError(f"--config: {path} defines no get_config(arg)")
+    raise UserError(f"{flag}: {path} defines no get_config(arg)")
   try:
     return module.get_config(variant).lock()
   except ValueError as e:
-    raise UserError(f"--config: {spec}: {e}") from e
+    raise UserError(f"{flag}: {spec}: {e}") from e
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -1,5 +1,7 @@
 """What sampling holds on the device, in bytes, from shapes alone: python -m sfjax.ledger --config FILE | --checkpoint DIR.
 
+With --training, what a step of distillation takes on each of --devices N: see `training_ledger`.
+
 `predict` and `measure` give the same rows: the one makes no array, so that a laptop answers for the 14B model in seconds, the
 other adds up the arrays of a run. run.json and `benchmarks.realtime` set them side by side. Not counted, as no shape tells it:
 what XLA's compiled programs need meanwhile (`Stream.workspace` says it after a run), and what a library keeps for itself.
@@ -153,21 +155,43 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
   rest, overrides = split_overrides(argv)
   p = Parser(
     prog="python -m sfjax.ledger",
-    description="Predicts what sampling holds on the device, in the dtypes of the config; --config.KEY=VALUE changes it.",
+    description="Predicts what sampling or a step of distillation takes on a device, in the dtypes of the config; "
+    "--config.KEY=VALUE changes it.",
   )
   of = p.add_mutually_exclusive_group(required=True)
   of.add_argument("--config", metavar="FILE[:VARIANT]")
   of.add_argument("--checkpoint", metavar="DIR", help="a model folder or a training run")
-  p.add_argument("--attention", default="sparse", choices=(*ATTENTION, "full"), help="full: dense, of the whole video")
-  p.add_argument("--seconds", type=float, help="of video, for --attention full")
-  p.add_argument("--batch", type=int, default=1, help="videos made together")
+  sampling = p.add_argument_group("sampling")
+  sampling.add_argument(
+    "--attention", choices=(*ATTENTION, "full"), help="default sparse; full: dense, of the whole video"
+  )
+  sampling.add_argument("--seconds", type=float, help="of video, for --attention full")
+  sampling.add_argument("--batch", type=int, help="videos made together, default 1")
+  training = p.add_argument_group("training")
+  training.add_argument("--training", action="store_true", help="a step of distillation in place of sampling")
+  training.add_argument("--devices", type=int, help="of the run, over --config.train.fsdp of which its state is split")
+  training.add_argument(
+    "--teacher", metavar="FILE[:VARIANT]", help="default: config.distill.teacher, or the student's sizes"
+  )
+  training.add_argument(
+    "--critic", metavar="FILE[:VARIANT]", help="default: config.distill.critic, or the teacher's sizes"
+  )
   a = p.parse_args(rest)
+  strange = ("attention", "seconds", "batch") if a.training else ("devices", "teacher", "critic")
+  for name in strange:
+    if getattr(a, name) is not None:
+      raise UserError(f"--{name}: {getattr(a, name)}; wanted {'without' if a.training else 'with'} --training alone")
+  defaults = {"attention": "sparse", "batch": 1, "devices": 1}
+  for name, value in defaults.items():
+    if getattr(a, name) is None:
+      setattr(a, name, value)
   if (a.seconds is None) == (a.attention == "full"):
     raise UserError("--seconds: wanted with --attention full, and only there")
   if a.seconds is not None and not 0 < a.seconds <= 24 * 3600:
     raise UserError(f"--seconds: {a.seconds:g}; want more than 0 and at most {24 * 3600}")
-  if a.batch < 1:
-    raise UserError(f"--batch: {a.batch}; want 1 or more")
+  for name in ("batch", "devices"):
+    if getattr(a, name) < 1:
+      raise UserError(f"--{name}: {getattr(a, name)}; want 1 or more")
   return a, overrides
 
 
@@ -180,7 +204,17 @@ def main(argv: list[str]) -> None:
     loaded = to_config_dict(to_dataclass(Config, checkpoint.load_config(folder), "--checkpoint: config"))
   else:
     loaded = load_config(a.config)
-  config, sizes = around(to_dataclass(Config, apply_overrides(loaded, overrides)), folder)
+  config = to_dataclass(Config, apply_overrides(loaded, overrides))
+  if a.training:
+    from sfjax import training_ledger  # only here: it loads what training needs
+
+    teacher, critic = training_ledger.judges(config, a.teacher, a.critic)
+    told = training_ledger.predict(config, teacher, critic, a.devices)
+    each = f"{training_ledger.clips(config, a.devices)} clip(s) on each of {a.devices} device(s)"
+    print(f"{a.checkpoint or a.config}: {each}, the state split over {config.train.fsdp}\n")
+    print(f"{training_ledger.table(told)}\n\n{training_ledger.verdict(told, config)}")
+    return
+  config, sizes = around(config, folder)
   chunks = chunks_of(config, a.seconds or 0)
   config = dataclasses.replace(config, memory=memory_for(config, a.attention, chunks))
   memory = f"a window of {config.memory.window} chunks, {config.memory.persistent} persistent blocks"

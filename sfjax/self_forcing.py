@@ -34,13 +34,13 @@ def _critic_folder(config: Config) -> tuple[str, str]:
   return (config.distill.critic, "config.distill.critic") if config.distill.critic else _teacher_folder(config)
 
 
-def _judge(config: Config, folder: str, flag: str) -> ModelConfig:
-  """A judge's architecture, computed in the student's dtype and with its remat.
+def model_of(folder: str, flag: str) -> ModelConfig:
+  """The architecture of a model folder. Raises UserError: there is none, or it is damaged; names `flag`."""
+  return to_dataclass(Config, load_config(folder, flag), flag).model
 
-  Raises:
-    UserError: no model folder, or one whose clips are not some of the student's chunks.
-  """
-  model = to_dataclass(Config, load_config(folder, flag), flag).model
+
+def _judge(config: Config, model: ModelConfig, flag: str) -> ModelConfig:
+  """An architecture as a judge's: of whole clips, computed in the student's dtype and with its remat."""
   student = config.model
   for key in ("latent_size", "latent_channels", "text_len", "text_dim"):
     if getattr(model, key) != getattr(student, key):
@@ -51,15 +51,26 @@ def _judge(config: Config, folder: str, flag: str) -> ModelConfig:
   return dataclasses.replace(model, chunk_frames=latents, dtype=student.dtype, remat=student.remat)
 
 
-@functools.cache
-def teacher_model(config: Config) -> ModelConfig:
-  """The teacher's architecture; its weights, which never change, are held in the dtype that it computes in.
+def as_teacher(config: Config, model: ModelConfig, flag: str) -> ModelConfig:
+  """An architecture as the teacher's; its weights, which never change, are held in the dtype that it computes in.
 
   Raises:
-    UserError: see `_judge`.
+    UserError: its latents or text are not the student's, or its clips not some of the student's chunks; names `flag`.
   """
-  model = _judge(config, *_teacher_folder(config))
+  model = _judge(config, model, flag)
   return dataclasses.replace(model, param_dtype=model.dtype)
+
+
+def as_critic(config: Config, model: ModelConfig, flag: str) -> ModelConfig:
+  """An architecture as the critic's. Raises UserError as `as_teacher` does."""
+  return dataclasses.replace(_judge(config, model, flag), param_dtype="float32")
+
+
+@functools.cache
+def teacher_model(config: Config) -> ModelConfig:
+  """The architecture of the teacher's folder. Raises UserError: no model folder, or see `as_teacher`."""
+  folder, flag = _teacher_folder(config)
+  return as_teacher(config, model_of(folder, flag), flag)
 
 
 @functools.cache
@@ -67,13 +78,13 @@ def critic_model(config: Config) -> ModelConfig:
   """The critic's architecture: that of the folder it begins as.
 
   Raises:
-    UserError: see `_judge`; or its clips are not as long as the teacher's.
+    UserError: see `teacher_model`; or its clips are not as long as the teacher's.
   """
   folder, flag = _critic_folder(config)
-  model, latents = _judge(config, folder, flag), teacher_model(config).chunk_frames
+  model, latents = as_critic(config, model_of(folder, flag), flag), teacher_model(config).chunk_frames
   if model.chunk_frames != latents:
     raise UserError(f"{flag}: its clips have {model.chunk_frames} latents; want the teacher's {latents}")
-  return dataclasses.replace(model, param_dtype="float32")
+  return model
 
 
 def judged_chunks(config: Config) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -76,7 +77,7 @@ def test_a_teacher_is_held_as_it_computes_and_a_critic_as_it_learns(config):
 SCRIPT = """
 import pickle, sys
 import jax, numpy as np
-from sfjax import cluster, self_forcing, teacher_forcing
+from sfjax import cluster, self_forcing, teacher_forcing, training_ledger
 config = pickle.load(open(sys.argv[1], "rb"))
 mesh = cluster.make_mesh(4)
 for task in self_forcing, teacher_forcing:
@@ -88,12 +89,17 @@ split = self_forcing.fixed(config, mesh)
 jax.tree.map(np.testing.assert_array_equal, self_forcing.fixed(config), split)
 kernel = split["dit"]["blocks"]["ffn_in"]["kernel"]
 assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+predicted = training_ledger.predict(config, self_forcing.teacher_model(config), self_forcing.critic_model(config), 4).held
+held = self_forcing.state(config, mesh) | {"teacher": split}
+of = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+assert {name: of(tree) for name, tree in held.items() if name != "step"} == {
+  name: n for name, n in predicted.items() if name != "step"
+}
 """
 
 
 def test_a_state_that_is_made_in_its_shards_is_the_whole_one(config, tmp_path):
-  import pickle
-
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=4))
   (tmp_path / "config").write_bytes(pickle.dumps(config))
   env = os.environ | dict(JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
   line = [sys.executable, "-c", SCRIPT, str(tmp_path / "config")]

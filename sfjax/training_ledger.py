@@ -1,0 +1,186 @@
+"""What a step of distillation takes on each device, in bytes, from shapes alone: `python -m sfjax.ledger --training`.
+
+What is held from step to step is exact: weights, their average, the optimisers' states and the teacher, each device's shards.
+What a step needs beside it is an estimate, for remat "full": the arrays that XLA was seen to hold at once where a step was
+compiled ahead of time (NOTES.md). A step gathers the weights whole, all of them, before it uses them, and each device finds
+a whole gradient; so these two do not shrink with more devices.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from sfjax import cluster, rollout, self_forcing, teacher_forcing
+from sfjax.config import Config, load_config, to_dataclass
+from sfjax.errors import UserError
+from sfjax.ledger import abstract_memory, total, tree_bytes
+from sfjax.model import ModelConfig
+from sfjax.parts import of_wan
+
+HELD = {
+  "params": "student: weights",
+  "ema": "student: their average",
+  "opt": "student: optimiser",
+  "critic": "critic: weights",
+  "critic_opt": "critic: optimiser",
+  "teacher": "teacher: weights",
+  "step": "captions, counter",
+}
+ROLLOUT = {
+  "gathered": "student's weights, gathered whole",
+  "quiet": "student's weights, as they are computed with",
+  "memory": "the rollout's memory",
+  "kept": "clean keys and values, as made and by layer",
+}
+GRADIENT = {
+  "gathered": "all weights, gathered whole",
+  "kept": "clean keys and values, by layer",
+  "inputs": "what each layer was given",
+  "layer": "one layer's backward pass",
+  "gradient": "student's gradient, whole",
+  "zeros": "zeros, made early: the critic's gradient, skipped updates",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """Bytes of a device. held: by the names of `HELD`, exact. rollout, gradient: by `ROLLOUT` and `GRADIENT`, estimates."""
+
+  held: dict[str, int]
+  rollout: dict[str, int]
+  gradient: dict[str, int]
+
+  @property
+  def workspace(self) -> int:
+    """The estimate of what a step needs beside what is held: its larger phase."""
+    return max(sum(self.rollout.values()), sum(self.gradient.values()))
+
+  @property
+  def total(self) -> int:
+    return sum(self.held.values()) + self.workspace
+
+
+def shard_bytes(mesh: AbstractMesh, tree) -> int:
+  """A device's part of a training state's shapes."""
+  where = cluster.shardings(mesh, tree)
+  of = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(jax.tree.leaves(jax.tree.map(of, tree, where)))
+
+
+def gathered_bytes(mesh: AbstractMesh, tree) -> int:
+  """Those arrays of it whole that are split."""
+  split = lambda x, s: tree_bytes(x) * (s.shard_shape(x.shape) != x.shape)
+  return sum(jax.tree.leaves(jax.tree.map(split, tree, cluster.shardings(mesh, tree))))
+
+
+def judges(config: Config, teacher: str | None = None, critic: str | None = None) -> tuple[ModelConfig, ModelConfig]:
+  """The teacher and the critic: of a config file each, else of the config's folders, else as large as student and teacher.
+
+  Raises:
+    UserError: no such file or folder, or see `self_forcing.as_teacher`.
+  """
+
+  def found(spec, name, otherwise):
+    key = f"config.distill.{name}"
+    if spec:
+      return to_dataclass(Config, load_config(spec, f"--{name}"), f"--{name}").model, f"--{name}"
+    folder = getattr(config.distill, name)
+    return (self_forcing.model_of(folder, key), key) if folder else (otherwise, key)
+
+  real, flag = found(teacher, "teacher", config.model)
+  fake, flag_of_critic = found(critic, "critic", real)
+  return self_forcing.as_teacher(config, real, flag), self_forcing.as_critic(config, fake, flag_of_critic)
+
+
+def clips(config: Config, devices: int) -> int:
+  """The most clips of a step on each device. Raises UserError: a batch does not divide over the devices."""
+  for stage in config.train.stages:
+    if stage.batch % devices:
+      raise UserError(f"config.train.stages: batch {stage.batch} does not divide over {devices} devices")
+  return max(stage.batch // devices or 1 for stage in config.train.stages)
+
+
+def predict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: int) -> Prediction:
+  """What a device holds, and about what a step needs there.
+
+  Args:
+    teacher, critic: see `self_forcing.as_teacher`, `as_critic`. devices: over config.train.fsdp of which the state is split.
+
+  Raises:
+    UserError: the devices or the batch do not divide.
+  """
+  model, fsdp = config.model, config.train.fsdp
+  if fsdp < 1 or devices % fsdp:
+    raise UserError(f"config.train.fsdp: {fsdp} does not divide {devices} devices")
+  mesh, batch = AbstractMesh((devices // fsdp, fsdp), cluster.AXES), clips(config, devices)
+  shapes = {name: self_forcing.abstract_judge(m) for name, m in (("teacher", teacher), ("critic", critic))}
+  shapes["params"] = teacher_forcing.abstract_model(config)
+  state = jax.eval_shape(lambda p, c: self_forcing.state_of(config, p, c), shapes["params"], shapes["critic"])
+  held = {name: shard_bytes(mesh, x) for name, x in (state | {"teacher": shapes["teacher"]}).items()}
+  row = model.text_dim * jnp.dtype(model.dtype).itemsize if of_wan(model) else 4  # an embedding's, or a word's
+  held["step"] += batch * (2 * model.text_len * row + 4)
+
+  chunks, size = teacher.chunk_frames // model.chunk_frames, jnp.dtype(model.dtype).itemsize * batch
+  tokens, slots = chunks * model.layout.tokens, chunks * model.layout.slots
+  kept = 2 * model.layers * slots * model.dim * size
+  # A layer reads its clip's keys twice, clean and noisy, what was there before them, and P once more for each chunk.
+  memory = config.memory
+  blocks = memory.resident_blocks(model.layout) + 2 * chunks * model.layout.blocks
+  if memory.rope_cap is not None:
+    blocks += chunks * memory.persistent
+  keys = blocks * model.layout.slots // model.layout.blocks
+  gathered = {name: gathered_bytes(mesh, x) for name, x in shapes.items()}
+  quiet = rollout.abstract_params(dataclasses.replace(model, param_dtype=model.dtype))
+  zeros = max(shard_bytes(mesh, shapes[name]) for name in ("params", "critic"))
+  return Prediction(
+    {name: held[name] for name in HELD},
+    {
+      "gathered": gathered["params"],
+      "quiet": tree_bytes(quiet),
+      "memory": tree_bytes(abstract_memory(config, batch)),
+      "kept": 2 * kept,
+    },
+    {
+      "gathered": sum(gathered.values()),
+      "kept": kept,
+      "inputs": model.layers * tokens * model.dim * size,
+      "layer": (4 * tokens * model.ffn_dim + 2 * keys * model.dim) * size,  # around the GELU; keys and values
+      "gradient": tree_bytes(shapes["params"]),
+      "zeros": tree_bytes(shapes["critic"]) + zeros,
+    },
+  )
+
+
+def table(p: Prediction) -> str:
+  """Markdown: what is held, then both phases of a step."""
+  lines = ["| | GB | bytes |", "|---|---|---|"]
+  for rows, names, end in (
+    (p.held, HELD, "held"),
+    (p.rollout, ROLLOUT, "workspace of the rollout, about"),
+    (p.gradient, GRADIENT, "workspace of the gradient, about"),
+  ):
+    cells = {names.get(name, f"**{end}**"): n for name, n in total(rows).items()}
+    lines += [f"| {what} | {n / 1e9:.3f} | {n:,} |" for what, n in cells.items() if n]
+  return "\n".join([*lines, f"| **together, about** | {p.total / 1e9:.3f} | {p.total:,} |"])
+
+
+def verdict(p: Prediction, config: Config, device: float = 80e9) -> str:
+  """Whether a step fits on a device; if not, what would help that is not written yet, each beside those before it."""
+  if p.total <= device:
+    return f"fits in {device / 1e9:.0f} GB by this estimate"
+  found = []
+  for what, names, share in (
+    ("weights gathered a layer at a time", ("gathered", "quiet"), config.model.layers),
+    ("gradients summed into shards", ("gradient", "zeros"), config.train.fsdp),
+    ("a clip split over 2 devices", ("memory", "kept", "inputs", "layer"), 2),
+    ("over 4", ("memory", "kept", "inputs", "layer"), 2),
+  ):
+    smaller = lambda rows, names=names, share=share: {k: n // share if k in names else n for k, n in rows.items()}
+    p = Prediction(p.held, smaller(p.rollout), smaller(p.gradient))
+    found.append(f"{what}, {p.total / 1e9:.1f} GB")
+    if p.total <= device:
+      break
+  return f"does not fit in {device / 1e9:.0f} GB; what would help and is not written yet: {'; '.join(found)}"
