@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -112,8 +113,14 @@ def load_model(folder, like: dict, flag: str) -> dict:
     raise UserError(f"{flag}: {e}") from e
 
 
+_AROUND = ("vae", "vae.json", "text", "text.json", "tokenizer.json")  # of a converted folder, beside the DiT
+
+
 def export_model(directory, params: dict, config: Config, card: dict) -> None:
-  """A model folder of trained weights, in bfloat16: one file for digits; for Wan2.1's latents as `sfjax.convert` writes a DiT.
+  """A model folder of trained weights, in bfloat16: one file for digits; for Wan2.1's latents as `sfjax.convert` writes it.
+
+  There the VAE and the text encoder come from the folders that training began with, as far as these have them: sampling
+  needs nothing else.
 
   Raises:
     UserError: the folder cannot be written.
@@ -130,8 +137,35 @@ def export_model(directory, params: dict, config: Config, card: dict) -> None:
     return streamed.Streamed(x.shape, jnp.dtype(jnp.bfloat16), pieces, whole=not layers)
 
   streamed.save(directory / "dit", jax.tree_util.tree_map_with_path(stream, params["dit"]))
+  folders = [pathlib.Path(x) for x in (config.train.init, config.distill.teacher) if x]
+  for name in _AROUND:
+    found = [folder / name for folder in folders if (folder / name).exists()]
+    if found:
+      _bring(found[0], directory / name)
   write_json_atomic(directory / "card.json", card)
   write_json_atomic(directory / "config.json", to_dict(config))
+
+
+def _bring(source: pathlib.Path, target: pathlib.Path) -> None:
+  """A file, copied, or a folder, its files linked where that can be; whole or not at all, in place of what was there."""
+
+  def link(source, target):
+    try:
+      os.link(source, target)
+    except OSError:  # another file system, or one without links
+      shutil.copy2(source, target)
+
+  part = target.with_name(f".{target.name}.part")
+  shutil.rmtree(part, ignore_errors=True)
+  try:
+    if source.is_dir():
+      shutil.copytree(source, part, copy_function=link)
+      shutil.rmtree(target, ignore_errors=True)
+    else:
+      shutil.copyfile(source, part)
+    os.replace(part, target)
+  except (OSError, shutil.Error) as e:
+    raise UserError(f"{target}: cannot be made from {source} ({getattr(e, 'strerror', None) or e})") from e
 
 
 class Embedder:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sample
 from sfjax import checkpoint, parts, self_forcing, teacher_forcing, training, wan
 from sfjax.config import Config, DataConfig, Stage, load_config, to_dataclass
 from sfjax.data.loader import PromptFile
@@ -62,8 +64,31 @@ def test_a_student_learns_from_prompts_alone(config, folder, tmp_path, monkeypat
   assert not moved(before[2], self_forcing.fixed(config))
   exported = wan.load_dit(model, dataclasses.replace(config.model, param_dtype="bfloat16"))
   assert not moved(jax.tree.map(lambda x: x.astype(jnp.bfloat16), state["ema"]["dit"]), exported)
+  sample.main(["--checkpoint", str(model), "--prompt", "a cat", "--seconds", "0.5", "--out", str(tmp_path / "out")])
+  assert (tmp_path / "out" / "00.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_what_stands_around_the_student_comes_along(config, folder, tmp_path, monkeypatch, linked):  # noqa: F811
+  def no_link(*_):
+    raise OSError("another file system")
+
+  if not linked:
+    monkeypatch.setattr(os, "link", no_link)
+  params = teacher_forcing.init_model(config)
+  for _ in range(2):  # a rerun that had nothing to do exports again
+    parts.export_model(tmp_path / "model", params, config, {})
+  files = {f.relative_to(folder) for name in ("vae", "text") for f in (folder / name).rglob("*") if f.is_file()}
+  files |= {pathlib.Path(name) for name in ("vae.json", "text.json", "tokenizer.json")}
+  for name in files:
+    ours, theirs = tmp_path / "model" / name, folder / name
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert ours.samefile(theirs) == (linked and len(name.parts) > 1), name
+  assert not list((tmp_path / "model").glob(".*"))
+  bare = dataclasses.replace(config, train=dataclasses.replace(config.train, init=""))
+  parts.export_model(tmp_path / "other", params, dataclasses.replace(bare, distill=Config.distill), {})
   with pytest.raises(UserError, match="holds no vae; convert one into it"):
-    parts.load_parts(model)
+    parts.load_parts(tmp_path / "other")
 
 
 def test_a_teacher_is_held_as_it_computes_and_a_critic_as_it_learns(config):
