@@ -8,6 +8,7 @@ import os
 
 import jax
 import numpy as np
+from jax.extend.core import Literal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sfjax.checkpoint import placed
@@ -81,6 +82,32 @@ def laid_out(mesh: Mesh | None, like):
 def place(tree, where):
   """Values, the same on all hosts, as global arrays: one after the other, through the host."""
   return jax.tree.map(lambda x, s: placed(np.asarray(x), s), tree, where)
+
+
+def made(fn, where):
+  """`fn()`, a pytree of arrays made from nothing, each moved to its sharding as soon as it is there.
+
+  It runs operation by operation, with the bits of a plain call; a device holds its parts of what is done, and one array in
+  the making.
+
+  Args:
+    fn: uses none of its results further.
+  """
+  closed, like = jax.make_jaxpr(fn, return_shape=True)()
+  where = dict(zip(closed.jaxpr.outvars, jax.tree.leaves(where), strict=True))
+  last = {v: eqn for eqn in closed.jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)}
+  values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+  for eqn in closed.jaxpr.eqns:
+    given = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+    found = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
+    del given
+    for v in eqn.invars:
+      if not isinstance(v, Literal) and last[v] is eqn:
+        values.pop(v, None)
+    for v, x in zip(eqn.outvars, found if eqn.primitive.multiple_results else [found], strict=True):
+      values[v] = place(x, where[v]) if v in where else x
+    del found
+  return jax.tree.unflatten(jax.tree.structure(like), [values[v] for v in where])
 
 
 def gathered(mesh: Mesh, tree):

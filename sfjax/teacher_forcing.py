@@ -31,8 +31,8 @@ def init_model(config: Config, mesh: Mesh | None = None) -> dict:
   if config.train.init:
     return load_model(config.train.init, cluster.laid_out(mesh, abstract_model(config)), "config.train.init")
   seed = config.train.seed
-  fresh = {"dit": rollout.init_params(config.model, seed)} | captions.encoder_of(config.model).init(seed)
-  return fresh if mesh is None else cluster.place(fresh, cluster.shardings(mesh, fresh))
+  fresh = lambda: {"dit": rollout.init_params(config.model, seed)} | captions.encoder_of(config.model).init(seed)
+  return fresh() if mesh is None else cluster.made(fresh, cluster.shardings(mesh, abstract_model(config)))
 
 
 def source(config: Config, stage: Stage) -> Source:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfjax import cluster, training
+from sfjax import cluster, teacher_forcing, training
 from sfjax.checkpoint import load_arrays
 from sfjax.config import Config, load_config, to_dataclass
 from sfjax.errors import UserError
@@ -126,3 +126,23 @@ def test_what_does_not_divide_or_is_half_told():
     cluster.join(None, 2, 0)
   with pytest.raises(UserError, match="a process of 0 .. processes - 1"):
     cluster.join("here:1", 2, 2)
+
+
+@pytest.mark.parametrize("variant", ["tiny", "", "teacher", "window"])
+def test_fresh_weights_made_one_by_one_have_the_same_bits(variant):
+  config = to_dataclass(Config, load_config(f"configs/digits.py:{variant}"))
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, init="", seed=3))
+  whole, apart = teacher_forcing.init_model(config), teacher_forcing.init_model(config, cluster.make_mesh())
+  jax.tree.map(np.testing.assert_array_equal, whole, apart)
+  assert jax.tree.map(lambda x: x.dtype, whole) == jax.tree.map(lambda x: x.dtype, apart)
+
+
+def test_no_device_holds_all_fresh_weights(monkeypatch):
+  """What is placed leaves the device here; then there is only what was just made, not even its inputs."""
+  config = to_dataclass(Config, load_config("configs/digits.py:base"))
+  sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(teacher_forcing.abstract_model(config))]
+  held = lambda: sum(x.nbytes for x in jax.live_arrays())
+  before, seen = held(), []
+  monkeypatch.setattr(cluster, "placed", lambda x, _: seen.append(held() - before) or np.array(x))
+  teacher_forcing.init_model(config, cluster.make_mesh())
+  assert len(seen) == len(sizes) and max(seen) < 2 * max(sizes) < sum(sizes) / 2

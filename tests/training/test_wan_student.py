@@ -100,12 +100,13 @@ def test_a_teacher_is_held_as_it_computes_and_a_critic_as_it_learns(config):
 
 
 SCRIPT = """
-import pickle, sys
+import dataclasses, pickle, sys
 import jax, numpy as np
 from sfjax import cluster, self_forcing, teacher_forcing, training_ledger
 config = pickle.load(open(sys.argv[1], "rb"))
 mesh = cluster.make_mesh(4)
-for task in self_forcing, teacher_forcing:
+fresh = dataclasses.replace(config, train=dataclasses.replace(config.train, init=""))
+for task, config in (self_forcing, config), (teacher_forcing, fresh):
   whole, split = task.state(config), task.state(config, mesh)
   jax.tree.map(np.testing.assert_array_equal, whole, split)
   for x, where in zip(jax.tree.leaves(split), jax.tree.leaves(cluster.shardings(mesh, whole)), strict=True):
