@@ -213,6 +213,8 @@ def main(argv: list[str]) -> None:
     each = f"{training_ledger.clips(config, a.devices)} clip(s) on each of {a.devices} device(s)"
     print(f"{a.checkpoint or a.config}: {each}, the state split over {config.train.fsdp}\n")
     print(f"{training_ledger.table(told)}\n\n{training_ledger.verdict(told, config)}")
+    if config.model.remat != "full":
+      print(f"estimated for remat full; config.model.remat is {config.model.remat}, which keeps more")
     return
   config, sizes = around(config, folder)
   chunks = chunks_of(config, a.seconds or 0)

@@ -81,6 +81,8 @@ def test_what_is_printed(capsys):
   assert helped == sorted(helped, reverse=True) and helped[-1] <= 80 < helped[-2] < p.total / 1e9
   ledger.main("--training --config configs/wan_1_3b.py:student".split())
   assert capsys.readouterr().out.splitlines()[-1] == "fits in 80 GB by this estimate"
+  ledger.main("--training --config configs/digits.py:student".split())
+  assert capsys.readouterr().out.splitlines()[-1].startswith("estimated for remat full; config.model.remat is dots")
 
 
 @pytest.mark.parametrize(
