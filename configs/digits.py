@@ -64,11 +64,16 @@ def get_config(variant=""):
   if variant.startswith("student"):  # rollouts of up to 28 chunks, the last 7 judged
     stages = (Stage(until=1.0, chunks=28, batch=32, p_memory=0.3, hide=(1, 2)),)
     train = TrainConfig(
-      steps=600, stages=stages, lr=7e-5, betas=(0.0, 0.999), warmup=30, decay=0.3, ema=0.99, log_every=10, save_every=100,
+      steps=620, stages=stages, lr=1e-4, betas=(0.0, 0.999), warmup=30, decay=0.3, ema=0.99, log_every=10, save_every=100,
       init="checkpoints/digits",
     )  # fmt: skip
     distill = DistillConfig(
-      teacher="checkpoints/digits_teacher", guidance=5.0, shift=30.0, levels=(0.02, 0.995), critic_lr=2e-4
+      teacher="checkpoints/digits_teacher",
+      guidance=5.0,
+      shift=30.0,
+      levels=(0.02, 0.995),
+      critic_updates=4,
+      critic_lr=3e-4,
     )
     sampler = FEW_STEPS
   model = ModelConfig.digits(remat="dots", chunk_frames=21 if variant == "teacher" else 3)
