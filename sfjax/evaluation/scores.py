@@ -65,6 +65,19 @@ def jerk(seen: Reading, present: Bool[np.ndarray, "V n"], frames: slice) -> Floa
   return np.where(count, (moved * usable).sum((1, 2)) / np.maximum(count, 1), np.nan)
 
 
+def speed(seen: Reading, present: Bool[np.ndarray, "V n"], frames: slice, fps: float) -> Float[np.ndarray, " V"]:
+  """How far centroids come within half a second, in pixels a second: a digit that trembles on the spot has none.
+
+  Counted where ink is in sight before and after; NaN where it never is.
+  """
+  lag = round(fps / 2)
+  visible, centroid = seen.area[:, frames] >= IN_SIGHT, seen.centroid[:, frames]
+  usable = visible[:, lag:] & visible[:, :-lag] & present[:, None]
+  moved = np.linalg.norm(centroid[:, lag:] - centroid[:, :-lag], axis=-1) * fps / lag
+  count = usable.sum((1, 2))
+  return np.where(count, (moved * usable).sum((1, 2)) / np.maximum(count, 1), np.nan)
+
+
 def sharpness_drift(edges: Float[np.ndarray, "V F"], first: slice, last: slice) -> Float[np.ndarray, " V"]:
   """Edge energy of the last frames over that of the first."""
   return edges[:, last].mean(1) / np.maximum(edges[:, first].mean(1), 1e-9)
@@ -88,6 +101,7 @@ def prompt_scores(
     "accuracy, whole": accuracy(seen, labels, present, whole)["accuracy"],
     "identity kept": identity_kept(seen, present, first, last),
     "jerk": jerk(seen, present, whole),
+    "speed, last second": speed(seen, present, last, fps),
     "sharpness drift": sharpness_drift(edges, first, last),
   }
 

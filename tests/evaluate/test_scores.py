@@ -8,7 +8,7 @@ import pytest
 from sfjax import instrument
 from sfjax.data.digits import FPS, DigitsConfig, render
 from sfjax.evaluation import clips
-from sfjax.evaluation.scores import answer, identity_kept, jerk, memory_scores, prompt_scores, sharpness_drift
+from sfjax.evaluation.scores import answer, identity_kept, jerk, memory_scores, prompt_scores, sharpness_drift, speed
 from sfjax.instrument import IN_SIGHT, NONE, Reading
 
 VIDEOS, CHUNKS, SECONDS = 60, 3, 2.0
@@ -102,6 +102,11 @@ def test_jerk_and_drift():
   np.testing.assert_allclose(still, [0, 1])  # 2 pixels along x, 0 along y
   unseen = jerk(reading(np.zeros((1, 10, 1), int), area=IN_SIGHT - 1), np.ones((1, 1), bool), slice(0, 10))
   assert np.isnan(unseen).all()
+  area = np.full((3, 10, 1), 100.0)
+  area[2, 5:] = IN_SIGHT - 1
+  drawn = reading(np.zeros((3, 10, 1), int), area, np.stack([line, zigzag, line])[:, :, None])
+  np.testing.assert_allclose(speed(drawn, np.ones((3, 1), bool), slice(0, 10), 4.0), [5**0.5 * 4, 0, 5**0.5 * 4])
+  assert np.isnan(speed(drawn, np.zeros((3, 1), bool), slice(0, 10), 4.0)).all()
   np.testing.assert_allclose(sharpness_drift(np.array([[4.0, 4, 1, 1]]), slice(0, 2), slice(2, 4)), [0.25])
 
 
