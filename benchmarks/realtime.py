@@ -9,7 +9,7 @@ pixels are on the host, after the request with the prompt's embedding in hand. F
 in the steady state: from chunk W + C / blocks of a chunk on, when the memory is full; "late" is the median of the last four
 chunks over that of the first four full ones. One video a memory, of the longest --seconds; the shorter ones are its beginning.
 
---streams N makes N videos together, each with its own prompt and memory: frames and bytes are those of all, times those of a
+--streams N makes N videos together, each with its own memory and noise: frames and bytes are those of all, times those of a
 chunk of each.
 
 Memories: "sparse", the config's own; "window", as many bytes without selection; "window9", the last 9 latents, "dense", the
@@ -27,6 +27,7 @@ the VAE are those of the whole clip, decoded at its end.
 import argparse
 import bisect
 import dataclasses
+import gc
 import json
 import math
 import sys
@@ -167,7 +168,9 @@ def rows_of(
     except jax.errors.JaxRuntimeError as e:
       if "RESOURCE_EXHAUSTED" not in str(e):
         raise
-      longest = longest * 4 // 5  # it seemed to fit
+      shorter = longest * 4 // 5  # it seemed to fit
+      longest = shorter if memory_of(config, attention, shorter) != memory_of(config, attention, longest) else 0
+    gc.collect()  # what did not fit is held by the error, in a circle
   if run:
     wanted.setdefault(longest, first_frame(longest) / config.data.fps)
   for chunks, s in sorted(wanted.items()):
@@ -209,7 +212,7 @@ def main(argv: list[str]) -> None:
   p.add_argument(
     "--clip", type=int, default=21, metavar="LATENTS", help="length of the clip decoded as a whole; 0: none"
   )
-  p.add_argument("--streams", type=int, default=1, help="videos made together, each with its prompt and its memory")
+  p.add_argument("--streams", type=int, default=1, help="videos made together, each with its memory")
   p.add_argument("--self_forcing", metavar="DIR", help="a clone of guandeh17/Self-Forcing, to time it in PyTorch")
   p.add_argument("--vae_dim", type=int, default=WanVAEConfig().dim, help=argparse.SUPPRESS)
   p.add_argument("--out", default="out/realtime")

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
   p.add_argument("--steps_file", help="write the number of steps that fit here")
   p.add_argument("--trace", help="write a profile of three steps of every stage into this folder")
   a = p.parse_args(rest)
-  config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
+  config = training.with_batches(to_dataclass(Config, apply_overrides(load_config(a.config), overrides)))
   task, mesh = training.task(config), cluster.make_mesh(config.train.fsdp)
   mean, start, compile_total = 0.0, 0.0, 0.0
   for stage in config.train.stages:

@@ -8,6 +8,7 @@ Letters: B clips, M text rows, E text width.
 
 import dataclasses
 import functools
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -48,9 +49,10 @@ class Words:
   def init(self, seed: int) -> dict:
     return {"text": self.encoder.init(seed)}
 
-  def prepare(self, config: Config, captions: list[str], flag: str) -> None:
-    """Before training, of captions that are known by then. Raises UserError at a word it does not know."""
-    self.encoder.tokens(captions, flag)
+  def prepare(self, config: Config, captions: dict[str, list[str]]) -> None:
+    """Before training, of captions that are known by then, by their flags. Raises UserError at a word it does not know."""
+    for flag, some in captions.items():
+      self.encoder.tokens(some, flag)
 
   def arrays(self, config: Config, captions: list[str]) -> Int32[np.ndarray, "B M"]:
     return self.encoder.tokens(captions, "caption")
@@ -74,13 +76,16 @@ class Embeddings:
   def _embedder(self, config: Config) -> "parts.Embedder":
     folders = {"config.distill.teacher": config.distill.teacher, "config.train.init": config.train.init}
     for flag, folder in folders.items():
-      if folder:
+      if folder and (pathlib.Path(folder) / "text.json").is_file():
         return _embedder(folder, self.model, flag)
-    raise UserError(f"{flag}: ''; want a converted folder, whose text encoder embeds the prompts")
+    told = ", ".join(f"{flag} {folder!r}" for flag, folder in folders.items())
+    raise UserError(
+      f"{told}: neither holds a text encoder for the prompts; convert one into it: python -m sfjax.convert"
+    )
 
-  def prepare(self, config: Config, captions: list[str], flag: str) -> None:
-    """Embeds what no run has embedded before; the encoder, 11 GB, is gone when training begins."""
-    self._embedder(config).prepare(captions, flag)
+  def prepare(self, config: Config, captions: dict[str, list[str]]) -> None:
+    """Embeds what no run has embedded before; the encoder, 11 GB, is loaded once, and gone when training begins."""
+    self._embedder(config).prepare(captions)
 
   def arrays(self, config: Config, captions: list[str]) -> Float[np.ndarray, "B M E"]:
     return self._embedder(config)(captions, "caption")

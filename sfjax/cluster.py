@@ -128,7 +128,8 @@ def step_bytes(program: jax.stages.Compiled) -> dict[str, int]:
   if limit is not None and sum(found.values()) > limit:
     raise UserError(
       f"config.train: a step takes {sum(found.values()) / 1e9:.1f} GB on each device, which has {limit / 1e9:.1f}; want a "
-      "smaller batch in its stages, config.model.remat=full, or a larger config.train.fsdp"
+      "smaller batch in its stages, config.model.remat=full, a larger config.train.fsdp, or more of the device for JAX: "
+      "XLA_PYTHON_CLIENT_MEM_FRACTION=0.93, say"
     )
   return found
 

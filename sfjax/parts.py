@@ -119,6 +119,8 @@ _AROUND = ("vae", "vae.json", "text", "text.json", "tokenizer.json")  # of a con
 def export_model(directory, params: dict, config: Config, card: dict) -> None:
   """A model folder of trained weights, in bfloat16: one file for digits; for Wan2.1's latents as `sfjax.convert` writes it.
 
+  It appears whole or not at all, in place of what was there.
+
   There the VAE and the text encoder come from the folders that training began with, as far as these have them: sampling
   needs nothing else.
 
@@ -128,7 +130,10 @@ def export_model(directory, params: dict, config: Config, card: dict) -> None:
   if not of_wan(config.model):
     checkpoint.export(directory, params, to_dict(config), card)
     return
-  directory = make_folder(directory, "the model's folder")
+  directory = pathlib.Path(directory)
+  part = directory.with_name(f".{directory.name}.part")
+  shutil.rmtree(part, ignore_errors=True)
+  part = make_folder(part, "the model's folder")
 
   def stream(path, x):
     layers = path[0].key == "blocks"
@@ -136,18 +141,20 @@ def export_model(directory, params: dict, config: Config, card: dict) -> None:
     pieces = lambda: (half(part) for part in x) if layers else iter([half(x)])
     return streamed.Streamed(x.shape, jnp.dtype(jnp.bfloat16), pieces, whole=not layers)
 
-  streamed.save(directory / "dit", jax.tree_util.tree_map_with_path(stream, params["dit"]))
+  streamed.save(part / "dit", jax.tree_util.tree_map_with_path(stream, params["dit"]))
   folders = [pathlib.Path(x) for x in (config.train.init, config.distill.teacher) if x]
   for name in _AROUND:
     found = [folder / name for folder in folders if (folder / name).exists()]
     if found:
-      _bring(found[0], directory / name)
-  write_json_atomic(directory / "card.json", card)
-  write_json_atomic(directory / "config.json", to_dict(config))
+      _bring(found[0], part / name)
+  write_json_atomic(part / "card.json", card)
+  write_json_atomic(part / "config.json", to_dict(config))
+  shutil.rmtree(directory, ignore_errors=True)
+  os.replace(part, directory)
 
 
 def _bring(source: pathlib.Path, target: pathlib.Path) -> None:
-  """A file, copied, or a folder, its files linked where that can be; whole or not at all, in place of what was there."""
+  """A file, copied, or a folder, its files linked where that can be, as `target`, which is not there yet."""
 
   def link(source, target):
     try:
@@ -155,15 +162,11 @@ def _bring(source: pathlib.Path, target: pathlib.Path) -> None:
     except OSError:  # another file system, or one without links
       shutil.copy2(source, target)
 
-  part = target.with_name(f".{target.name}.part")
-  shutil.rmtree(part, ignore_errors=True)
   try:
     if source.is_dir():
-      shutil.copytree(source, part, copy_function=link)
-      shutil.rmtree(target, ignore_errors=True)
+      shutil.copytree(source, target, copy_function=link)
     else:
-      shutil.copyfile(source, part)
-    os.replace(part, target)
+      shutil.copyfile(source, target)
   except (OSError, shutil.Error) as e:
     raise UserError(f"{target}: cannot be made from {source} ({getattr(e, 'strerror', None) or e})") from e
 
@@ -197,12 +200,13 @@ class Embedder:
   def __call__(self, captions: list[str], flag: str = "--prompt") -> Float[np.ndarray, "B M E"]:
     return self._cache.embed(captions, self._encoding(), self._BATCH, flag)
 
-  def prepare(self, captions: list[str], flag: str) -> None:
-    """Embeds those that are not on disk yet; raises UserError at one that is not valid text."""
+  def prepare(self, captions: dict[str, list[str]]) -> None:
+    """Embeds those, given by their flags, that are not on disk yet; raises UserError at one that is not valid text."""
     cache, encode = self._cache, self._encoding()
-    new = [caption for caption in captions if not cache.path(caption, flag).is_file()]
-    for some in itertools.batched(new, self._BATCH):
-      cache.embed(list(some), encode, self._BATCH, flag)
+    for flag, some in captions.items():
+      new = [caption for caption in some if not cache.path(caption, flag).is_file()]
+      for batch in itertools.batched(new, self._BATCH):
+        cache.embed(list(batch), encode, self._BATCH, flag)
 
 
 def embedder(folder, model: ModelConfig, flag: str = "--checkpoint") -> Embedder:

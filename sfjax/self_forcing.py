@@ -122,10 +122,12 @@ def source(config: Config, stage: Stage) -> Source:
     raise UserError(f"config.sampler: {what}; with a teacher want few_step and guidance 1")
   if config.train.accumulate != 1:
     raise UserError(f"config.train.accumulate: {config.train.accumulate}; with a teacher want 1")
+  known, encoder = {"config.distill.negative": [config.distill.negative]}, captions.encoder_of(config.model)
   if config.data.source != "prompts":
+    encoder.prepare(config, known)
     return Prompts(teacher_forcing.source(config, dataclasses.replace(stage, chunks=least)))
   prompts = PromptFile(config.data.path, "config.data.path")
-  captions.encoder_of(config.model).prepare(config, [*prompts.lines, config.distill.negative], "config.data.path")
+  encoder.prepare(config, known | {"config.data.path": prompts.lines})
   return prompts
 
 

@@ -56,11 +56,17 @@ class _Handler(type_handlers.NumpyHandler):
       await (store if value.whole else store[i]).write(np.ascontiguousarray(part))
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """For one host's own doing: Orbax else waits for all hosts of a run."""
+  i = jax.process_index()
+  return ocp.options.MultiprocessingOptions(primary_host=i, active_processes={i}, barrier_sync_key_prefix=f"host{i}")
+
+
 _REGISTRY = type_handlers.create_type_handler_registry((Streamed, _Handler()))
 
 
 def save(path, tree) -> None:
-  """Writes a pytree of `Streamed`; it appears whole or not at all, in place of what was there.
+  """Writes a pytree of `Streamed`, on this host alone; it appears whole or not at all, in place of what was there.
 
   Raises:
     UserError: the folder cannot be written.
@@ -70,8 +76,10 @@ def save(path, tree) -> None:
   shutil.rmtree(part, ignore_errors=True)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, type_handler_registry=_REGISTRY)
-    with ocp.Checkpointer(handler) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(
+      use_ocdbt=False, use_zarr3=False, type_handler_registry=_REGISTRY, multiprocessing_options=_alone()
+    )
+    with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
       checkpointer.save(part, args=ocp.args.PyTreeSave(tree))
   except OSError as e:
     shutil.rmtree(part, ignore_errors=True)
@@ -111,14 +119,18 @@ def pieces(path) -> dict[str, Streamed]:
 def restore(path, like):
   """A saved pytree, its arrays with the dtypes and shardings of `like` (shapes with a sharding, or none for one device).
 
+  Where `like` has shardings all hosts of a run must call this, else each may alone.
+
   Raises:
     UserError: absent, damaged, or of other shapes (names the first).
   """
   path = pathlib.Path(path).absolute()
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shared = any(x.sharding for x in jax.tree.leaves(like))
+  hosts = ocp.options.MultiprocessingOptions() if shared else _alone()
   want = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), like)
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=hosts) as checkpointer:
       found = checkpointer.metadata(path).item_metadata.tree
       shapes = ({name: str(list(x.shape)) for name, x in named(tree).items()} for tree in (found, want))
       wrong = first_difference(*shapes)

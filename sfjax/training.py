@@ -94,7 +94,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
       finite.
     KeyboardInterrupt, SystemExit: after Ctrl-C, and with code 0 after SIGTERM, with all that was done saved.
   """
-  config = with_batches(config)
+  asked_for, config = config, with_batches(config)
   t, work = config.train, task(config)
   hosts, first_host = jax.process_count(), jax.process_index() == 0
   workdir = make_folder(workdir, "--workdir")
@@ -109,15 +109,17 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   checkpoints = Checkpoints(workdir / "checkpoints", t.keep_last, t.keep_every)
   if checkpoints.latest() is not None:
     old = to_dataclass(Config, checkpoints.meta()["config"], f"--workdir: {workdir}: config")
-    check_same_experiment(workdir, to_dict(old), to_dict(config))
-    state, _ = checkpoints.restore(state)
+    check_same_experiment(workdir, to_dict(old), to_dict(asked_for))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    state = None  # a device need not hold two
+    state, _ = checkpoints.restore(like)
   step = int(state["step"])
   writer = MetricWriter(workdir, t.steps, step) if first_host else None
   pending, began, last_log = [], time.time(), (time.time(), step)
   running, needs = None, None
 
   def save():
-    checkpoints.save(step, state["ema"], state, {"config": to_dict(config)})
+    checkpoints.save(step, state["ema"], state, {"config": to_dict(asked_for)})
 
   def flush():
     """Reads the metrics since the last log; stops the run where gradients stay not finite (such steps changed nothing)."""

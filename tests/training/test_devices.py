@@ -13,17 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfjax import cluster, teacher_forcing, training
+from sfjax import cluster, self_forcing, teacher_forcing, training
 from sfjax.checkpoint import load_arrays
 from sfjax.config import Config, load_config, to_dataclass
 from sfjax.errors import UserError
+from tests.training.test_self_forcing import STAGE, B, begin, make, teacher  # noqa: F401, a fixture
 
 STEPS = 3
 CHANGES = dict(steps=STEPS, log_every=1, save_every=2, warmup=1, threads=1, lr=1e-3)
 SCRIPT = """
 import dataclasses, sys
 import jax
-from sfjax import cluster, training
+from sfjax import cluster, self_forcing, training
 from sfjax.config import Config, Stage, load_config, to_dataclass
 
 workdir, changes, address, process = sys.argv[1], eval(sys.argv[2]), sys.argv[3], int(sys.argv[4])
@@ -34,6 +35,21 @@ stages = (Stage(1.0, chunks=1, batch=8, dense=True),)
 train = dataclasses.replace(config.train, stages=stages, **changes)
 training.train(dataclasses.replace(config, train=train), workdir)
 """
+
+
+def step_of_self_forcing(folder, fsdp=1):
+  """Metrics of a step over all devices, and norms of the student's and the critic's weights after it."""
+  config = make(folder)
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=fsdp))
+  mesh, state, fixed = cluster.make_mesh(fsdp), begin(config), self_forcing.fixed(config)
+  text = self_forcing.inputs(config, {"caption": ["a red 3", "a blue 7 and a green 1"]})
+  where = cluster.shardings(mesh, state)
+  step = training.jitted_step(config, STAGE, mesh, where)
+  batches = cluster.share(mesh, [(text, cluster.places(B))])
+  fixed = cluster.place(fixed, cluster.whole(mesh, fixed))
+  state, metrics = step(cluster.place(state, where), fixed, batches)
+  norms = {part: jnp.sqrt(sum((x**2).sum() for x in jax.tree.leaves(state[part]))) for part in ("params", "critic")}
+  return {name: float(x) for name, x in (metrics | norms).items()}
 
 
 def two_hosts(workdir, **changes):
@@ -85,6 +101,19 @@ def test_two_hosts_of_four_devices_train_as_one_device_does(tmp_path):
   for name, x in load_arrays(one / "params.npz").items():
     # Exported in bfloat16; Adam divides by a gradient's size, so one that is all rounding may move by the rate.
     np.testing.assert_allclose(x.astype(np.float32), many[name].astype(np.float32), rtol=2**-7, atol=1e-3, err_msg=name)
+
+
+def test_two_devices_distil_as_one_does(teacher):  # noqa: F811
+  code = "import json, sys; from tests.training.test_devices import step_of_self_forcing as f; "
+  code += "print(json.dumps(f(sys.argv[1], int(sys.argv[2]))))"
+  env = os.environ | dict(JAX_NUM_CPU_DEVICES="2", JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+  env["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # two devices may share a busy core
+  said = subprocess.run([sys.executable, "-c", code, teacher, "2"], env=env, capture_output=True, text=True)
+  assert said.returncode == 0, said.stderr[-2000:]
+  want = step_of_self_forcing(teacher)
+  got = json.loads(said.stdout.splitlines()[-1])
+  assert got.keys() == want.keys()
+  np.testing.assert_allclose([*got.values()], [*want.values()], rtol=1e-5)
 
 
 def test_the_death_of_a_host_ends_the_others(tmp_path):
