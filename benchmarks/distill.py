@@ -49,8 +49,8 @@ PARTS = (
 _FILE = "distill.json"
 
 
-def replay_by_chunk(model: ModelConfig, cfg: MemoryConfig, first, straight_through: bool):
-  """`attention.replayed_attention` of a memory that keeps all and had nothing before: each chunk attends densely."""
+def replay_by_chunk(model: ModelConfig, cfg: MemoryConfig, first, straight_through: bool, real=None):
+  """`attention.replayed_attention` of a memory that keeps all and had nothing before; nothing is real."""
 
   def attend(block, carry, given: Replay, h, turn):
     q, k, v = block.self_attn.turned(h, turn)  # [B,n,T,N,H]
@@ -145,7 +145,7 @@ class Bench:
 
   def step(self) -> dict:
     of_exit = {int(self_forcing.drawn(self.config, self.stage, step)[1]): step for step in range(100)}
-    batches = cluster.share(self.mesh, [(self.text, cluster.places(1))])
+    batches = cluster.share(self.mesh, [((self.text, None), cluster.places(1))])
     make = lambda where: training.jitted_step(self.config, self.stage, self.mesh, where)
     steps = {name: of_exit[e] for e, name in self.exits.items()}
     state = self_forcing.state_of(self.config, self.params, self.critic, self.mesh)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK, pbsa
 from sfjax import memory as kv
@@ -108,11 +108,18 @@ class Replay(NamedTuple):
   counts: Int32[Array, "*L n B N Q"]
 
 
-def replayed_attention(model: ModelConfig, cfg: MemoryConfig, first: Int32[Array, ""], straight_through: bool):
+def replayed_attention(
+  model: ModelConfig,
+  cfg: MemoryConfig,
+  first: Int32[Array, ""],
+  straight_through: bool,
+  real: Bool[Array, "B n"] | None = None,
+):
   """Attends for the noisy chunks first .. first + n - 1 of a rollout, side by side; the layer input is a `Replay`.
 
   A chunk reads its own noisy keys and values, and earlier chunks' clean ones wherever they lay in its memory, P or window; with
-  straight_through these carry the gradient of the noisy ones, which stand beside them here.
+  straight_through these carry the gradient of the noisy ones, which stand beside them here. Chunks that are real did not come
+  from those: theirs carry none.
   """
   layout, nb, c = model.layout, model.layout.blocks, cfg.persistent
 
@@ -125,7 +132,10 @@ def replayed_attention(model: ModelConfig, cfg: MemoryConfig, first: Int32[Array
     def past(before, clean, noisy):  # blocks that were there, then those of the n chunks
       clean = jnp.moveaxis(clean, 0, 1)
       if straight_through:
-        clean = clean + (noisy - jax.lax.stop_gradient(noisy))
+        carried = noisy - jax.lax.stop_gradient(noisy)  # zero, and its gradient
+        if real is not None:
+          carried = jnp.where(real[:, :, None, None, None], 0, carried)
+        clean = clean + carried
       return jnp.concatenate([before, flat(clean)], 1)
 
     past_k, past_v = past(given.k, given.clean_k, k), past(given.v, given.clean_v, v)

@@ -139,6 +139,26 @@ def _begin(model, cfg, memory: kv.KVMemory, in_place: bool):
   } if in_place else {}
 
 
+class Beginning(NamedTuple):
+  """Real chunks that videos begin with: in the place of what would have been made there, for the memory as for who looks on.
+
+  Attributes:
+    latents: of the first k chunks. real: which of them to take; the others, and all from chunk k on, are made.
+  """
+
+  latents: Float[Array, "B k F h w C"]
+  real: Bool[Array, "B k"]
+
+  def given(self, chunk: Int32[Array, "*n"]) -> Bool[Array, "B *n"]:
+    """In which videos the chunk of that number is real."""
+    return jnp.take(self.real, chunk, 1, mode="fill", fill_value=False)
+
+  def over(self, made: Float[Array, "B F h w C"], chunk: Int32[Array, ""]) -> Float[Array, "B F h w C"]:
+    """A chunk that was made, real where it is given: there it passes no gradient on."""
+    real = jnp.take(self.latents, chunk, 1, mode="clip")
+    return jnp.where(self.given(chunk)[:, None, None, None, None], real, made)
+
+
 def rollout_chunk(
   model: ModelConfig,
   cfg: MemoryConfig,
@@ -150,6 +170,7 @@ def rollout_chunk(
   known: Float[Array, "B F h w C"] | None = None,
   known_frames: Bool[Array, "F"] | None = None,
   in_place: bool = False,
+  beginning: Beginning | None = None,
 ) -> tuple[Float[Array, "B F h w C"], kv.KVMemory]:
   """Begin, denoise, commit: one chunk of clean latents and the memory that contains it.
 
@@ -158,6 +179,7 @@ def rollout_chunk(
     key: of the run; sample: index of every video, so that its noise does not depend on the batch.
     known, known_frames: conditioning latents, held at timestep 0 inside the chunk.
     in_place: for sampling: no pass copies the memory. Without, the chunk is differentiable.
+    beginning: what is real of the videos; such a chunk is denoised for nothing, as shapes are the same for all.
   """
   memory, how = _begin(model, cfg, memory, in_place)
   keys = chunk_keys(key, sample, memory.chunk[0])
@@ -178,6 +200,8 @@ def rollout_chunk(
   else:  # nothing goes from step to step but x, so nothing more is kept for the backward pass
     once = lambda x, sigma, _: (predict(x, sigma, memory)[0], None)
     x0, _ = denoise(model, sampler, once, noise, keys, known, known_frames)
+  if beginning is not None:
+    x0 = beginning.over(x0, memory.chunk[0])
   return x0, commit(model, cfg, params, memory, x0, **how)
 
 
@@ -234,6 +258,7 @@ def self_forcing(
   chunks: int,
   exit_step: Int32[Array, ""],
   cache_gradient: str = "straight_through",
+  beginning: Beginning | None = None,
 ) -> tuple[Float[Array, "B n F h w C"], kv.KVMemory, Looks]:
   """A few-step student's own rollout, differentiable as Self-Forcing trains it (self_forcing section 4.2).
 
@@ -243,6 +268,10 @@ def self_forcing(
 
   First all is rolled out without gradient, the memory in place. Then the exit steps of all chunks are done once more, side by
   side, from what each of them started from and read: nothing but that pass is kept for the backward one, and no memory.
+
+  A chunk that is real (`beginning`, counted from the video's first chunk) is denoised like the others, for nothing: the memory,
+  the returned latents and the importance head's blocks are of the real one, and neither its latents nor its keys and values
+  carry a gradient, as its exit step began from noise that has nothing to do with it.
 
   Args:
     sampler: of kind "few_step", without guidance. memory: of B rows. exit_step: 0 .. sampler.steps - 1.
@@ -275,6 +304,8 @@ def self_forcing(
     out, memory, read = pass_over(memory, x, exit_step, keep=True)
     origins, first = memory.origin, kv.ring_block(model, cfg, memory.chunk[0])
     x0 = to_x0(model, out, x, jnp.full(noise.shape[:2], sigmas[exit_step]))
+    if beginning is not None:
+      x0 = beginning.over(x0, memory.chunk[0])
     memory = commit(quiet_model, cfg, fixed, memory, x0, **how)
     own = lambda x, width: jax.lax.dynamic_slice_in_dim(x, first * width, nb * width, 2)
     k, v = own(memory.k, BLOCK), own(memory.v, BLOCK)
@@ -284,19 +315,23 @@ def self_forcing(
   made, after = _in_turn(chunk, before, chunks)
   x, (k, v, origins, read, pooled, content) = made[0], jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), made[1:])
   x, first = jnp.moveaxis(x, 0, 1), before.chunk[0]
+  numbers = first + jnp.arange(chunks)
   sigma = jnp.full(x.shape[:3], sigmas[exit_step])
   out, *_ = apply(
     model,
     params,
     x,
     sigma * TIMESTEPS,
-    first + jnp.arange(chunks),
+    numbers,
     (memory.cross_k, memory.cross_v),
-    replayed_attention(model, cfg, first, cache_gradient == "straight_through"),
+    replayed_attention(model, cfg, first, cache_gradient == "straight_through", beginning and beginning.given(numbers)),
     Replay(before.k, before.v, before.origin, k, v, origins, read.ids, read.counts),
   )
   looks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), Looks(read.queries, pooled, content))
-  return to_x0(model, out, x, sigma), after, looks
+  x0 = to_x0(model, out, x, sigma)
+  if beginning is not None:
+    x0 = jax.vmap(beginning.over, (1, 0), 1)(x0, numbers)
+  return x0, after, looks
 
 
 def head_loss(model: ModelConfig, cfg: MemoryConfig, params, looks: Looks) -> Float[Array, ""]:

@@ -140,11 +140,18 @@ def student():
   return params, text
 
 
-def play(params, text, exit_step, cache_gradient="straight_through", chunks=3, memory=MEMORY, before=None):
+def play(
+  params, text, exit_step, cache_gradient="straight_through", chunks=3, memory=MEMORY, before=None, beginning=None
+):
   before = rollout.start(STUDENT, memory, params, text) if before is None else before
+  key, samples = jax.random.key(11), jnp.arange(len(text))
   return rollout.self_forcing(
-    STUDENT, memory, FEW, params, before, jax.random.key(11), jnp.arange(1), chunks, exit_step, cache_gradient
+    STUDENT, memory, FEW, params, before, key, samples, chunks, exit_step, cache_gradient, beginning
   )
+
+
+def real_chunks(videos, chunks):
+  return jax.random.normal(jax.random.key(14), (videos, chunks, 3, *STUDENT.latent_size, STUDENT.latent_channels))
 
 
 @pytest.mark.parametrize(
@@ -177,8 +184,11 @@ def test_the_last_exit_is_the_rollout(student, memory):
   assert np.abs(early - x).max() > 1e-2
 
 
-def unrolled(params, text, exit_step, cache_gradient, memory_config, frozen=None, chunks=3):
-  """The same written out chunk by chunk, what is constant handed in: a plain function of params. Returns (clips, constants)."""
+def unrolled(params, text, exit_step, cache_gradient, memory_config, frozen=None, chunks=3, real=()):
+  """The same written out chunk by chunk, what is constant handed in: a plain function of params. Returns (clips, constants).
+
+  real: latents of the first chunks, if these are given.
+  """
   memory, clips, made = rollout.start(STUDENT, memory_config, params, text), [], []
   key, level = jax.random.key(11), lambda i: jnp.full((1, 3), FEW.sigmas[i])
   for t in range(chunks):
@@ -194,12 +204,14 @@ def unrolled(params, text, exit_step, cache_gradient, memory_config, frozen=None
     else:
       x = frozen[t]["x"]
     x0, _, own = step(x, exit_step)  # it predicts x0
+    if t < len(real):
+      x0 = real[t]
     if frozen is None:
       clean = step(x0, -1)[2]
       made.append({"x": x, "own": own, "clean": clean})
     else:
       clean, was = frozen[t]["clean"], frozen[t]["own"]
-      if cache_gradient == "straight_through":
+      if cache_gradient == "straight_through" and t >= len(real):
         clean = clean._replace(k=clean.k + own.k - was.k, v=clean.v + own.v - was.v)
     memory = kv.per_layer(kv.commit_chunk, STUDENT, memory_config, memory, clean)
     clips.append(x0)
@@ -233,6 +245,74 @@ def test_gradient_is_that_of_a_plain_function(student, memory):
     found[how] = grads
   apart = optax.tree.norm(optax.tree.sub(*found.values()))
   assert apart > 1e-2 * norm  # what went through the memory
+
+
+def test_gradient_after_a_real_chunk_is_that_of_a_plain_function(student):
+  """The first of three is real: later ones read it and learn, it teaches nothing. Nothing real: as without a beginning."""
+  params, text = student
+  exit_step, latents = 1, real_chunks(1, 1)
+  target = jax.random.normal(jax.random.key(12), (1, 3, 3, 4, 6, 3))
+  error = lambda x: ((x - target) ** 2).mean()
+  frozen = jax.jit(lambda p: unrolled(p, text, exit_step, None, MEMORY, real=[latents[:, 0]])[1])(params)
+  norm, apart = optax.tree.norm, lambda x, y: optax.tree.norm(optax.tree.sub(x, y))
+  found = {}
+  for how in rollout.CACHE_GRADIENTS:
+    of = lambda p, beginning, how=how: error(play(p, text, exit_step, how, beginning=beginning)[0])
+    plain = lambda p, how=how: error(unrolled(p, text, exit_step, how, MEMORY, frozen, real=[latents[:, 0]])[0])
+    gradient = jax.jit(jax.value_and_grad(of))
+    value, grads = gradient(params, rollout.Beginning(latents, jnp.ones((1, 1), bool)))
+    want_value, want = jax.jit(jax.value_and_grad(plain))(params)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    assert apart(grads, want) <= 1e-4 * norm(want)
+    found[how] = grads
+  assert apart(*found.values()) > 1e-2 * norm(want)  # what the third learns through the second
+  made = gradient(params, rollout.Beginning(latents, jnp.zeros((1, 1), bool)))
+  today = gradient(params, None)
+  np.testing.assert_allclose(made[0], today[0], rtol=1e-6)
+  assert apart(made[1], today[1]) <= 1e-5 * norm(today[1]) and apart(today[1], grads) > 1e-2 * norm(grads)
+
+
+@pytest.mark.parametrize(
+  "memory", [MEMORY, MemoryConfig(window=2, persistent=5, top_k=0.3, sink_chunks=1, importance="learned", novelty=2.0)]
+)
+def test_a_real_beginning_is_what_the_memory_gets(student, memory):
+  """Of two videos the first begins with three real chunks, one of them before the rollout; the other is made as ever."""
+  params, text = student
+  text = jnp.concatenate([text, text + 1])
+  latents, real = real_chunks(2, 3), jnp.asarray([[True] * 3, [False] * 3])
+
+  @jax.jit
+  def go(beginning):
+    m = rollout.start(STUDENT, memory, params, text)
+    silent = lambda m: rollout.rollout_chunk(
+      STUDENT, memory, FEW, params, m, jax.random.key(11), jnp.arange(2), in_place=True, beginning=beginning
+    )[1]
+    x, m, looks = play(params, text, 1, chunks=2, memory=memory, before=silent(m), beginning=beginning)
+    return x, m, looks.keys, looks.content, silent(m)  # after the beginning all is made
+
+  @jax.jit
+  def appended():
+    m = rollout.start(STUDENT, memory, params, text)
+    for t in range(3):
+      m = rollout.append_chunk(STUDENT, memory, params, m, latents[:, t], in_place=True)
+    return m
+
+  (x, after, *looks, later), (ever, made, *others, made_later) = go(rollout.Beginning(latents, real)), go(None)
+  want = appended()
+  np.testing.assert_array_equal(x[0], latents[0, 1:])
+  np.testing.assert_allclose(x[1], ever[1], atol=1e-5)
+  for name in ("k", "v", "pooled", "score", "origin"):
+    got = getattr(after, name)
+    np.testing.assert_allclose(got[:, 0], getattr(want, name)[:, 0], atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(got[:, 1], getattr(made, name)[:, 1], atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(getattr(later, name)[:, 1], getattr(made_later, name)[:, 1], atol=1e-4, err_msg=name)
+  assert np.abs(later.k[:, 0] - made_later.k[:, 0]).max() > 1e-2
+  for got, other in zip(looks, others, strict=True):
+    np.testing.assert_allclose(got[:, 1], other[:, 1], atol=1e-4)
+    assert np.abs(got[:, 0] - other[:, 0]).max() > 1e-2
+  nb = STUDENT.layout.blocks
+  ring = memory.persistent + (2 % memory.window) * nb
+  np.testing.assert_allclose(looks[0][:, 0, -1], want.pooled[:, 0, ring : ring + nb], atol=1e-4)
 
 
 @pytest.mark.parametrize(
