@@ -48,6 +48,7 @@ class Stage:
     dense: the whole clip is the window (no persistent blocks, no sparsity).
     p_memory: share of clips in which a digit is hidden. hide: shortest and longest hiding time in chunks.
     firsts: further clips of one chunk in every step. A first chunk is made from the prompt alone, and long clips show few.
+    known: with a teacher: where a digit is hidden, rollouts begin with the real chunks that show and cover it, so many at most.
   """
 
   until: float
@@ -57,6 +58,7 @@ class Stage:
   p_memory: float = 0.0
   hide: tuple[int, int] = (1, 2)
   firsts: int = 0
+  known: int = 0
 
   @property
   def parts(self) -> tuple["Stage", ...]:
@@ -181,6 +183,11 @@ class Config:
   data: DataConfig
   train: TrainConfig
   distill: DistillConfig = DistillConfig()
+
+  def __post_init__(self):
+    known = [s.known for s in self.train.stages]
+    if any(known) and not self.distill.teacher:
+      raise ValueError(f"train.stages: known is {known}; want 0 without a distill.teacher")
 
 
 def to_config_dict(config) -> ConfigDict:

@@ -3,21 +3,29 @@
 One step: prompts, a rollout of the student with its real memory, evictions and routing; the two scores of its last latents
 move the student; then the critic takes several steps on those very latents, each with its own noise. Where a rollout is longer
 than a clip of the teacher, what comes before is made without gradient. (self_forcing sections 4.2 to 4.5)
+
+With `Stage.known`, clips that hide a digit begin real: the chunks that show and cover it are given to the memory and to the
+judges, and the student makes the rest, the uncovering among it. Clips are as long as the teacher's, so that every second
+rollout, which is no longer, is judged from the showing to the uncovering; in a longer one the real chunks are as far back.
 """
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Int32, UInt8
 
 from sfjax import captions, cluster, distill, rollout, teacher_forcing
 from sfjax.checkpoint import load_config
 from sfjax.cluster import AXES, BATCH
+from sfjax.codec import DigitsCodec
 from sfjax.config import Config, Stage, to_dataclass
-from sfjax.data.loader import PromptFile, Prompts, Source
+from sfjax.data.digits import frames_of_chunks
+from sfjax.data.loader import Beginnings, PromptFile, Prompts, Source
 from sfjax.errors import UserError
 from sfjax.memory import init_memory
 from sfjax.model import ModelConfig
@@ -105,11 +113,11 @@ def fixed(config: Config, mesh: Mesh | None = None) -> dict:
 
 
 def source(config: Config, stage: Stage) -> Source:
-  """The prompts of clips as a stage of teacher forcing has them, as short as such clips can be.
+  """The prompts of clips as a stage of teacher forcing has them, as short as such clips can be, and their first known chunks.
 
   Raises:
     UserError: rollouts shorter than what the teacher judges, one-chunk clips beside them, a dense stage, accumulated
-      gradients, a sampler that is not a student's, or no prompts.
+      gradients, a sampler that is not a student's, no prompts, or known chunks where no clip has any or all would be known.
   """
   least, sampler = judged_chunks(config), config.sampler
   if stage.chunks < least or stage.firsts or stage.dense:
@@ -122,18 +130,35 @@ def source(config: Config, stage: Stage) -> Source:
     raise UserError(f"config.sampler: {what}; with a teacher want few_step and guidance 1")
   if config.train.accumulate != 1:
     raise UserError(f"config.train.accumulate: {config.train.accumulate}; with a teacher want 1")
-  known, encoder = {"config.distill.negative": [config.distill.negative]}, captions.encoder_of(config.model)
+  if stage.known and (config.data.source != "digits" or not stage.p_memory or not 0 < stage.known < least):
+    what = f"known {stage.known}, p_memory {stage.p_memory}, of source {config.data.source}"
+    raise UserError(f"config.train.stages: {what}; want known below {least}, p_memory above 0, source digits")
+  told, encoder = {"config.distill.negative": [config.distill.negative]}, captions.encoder_of(config.model)
   if config.data.source != "prompts":
-    encoder.prepare(config, known)
-    return Prompts(teacher_forcing.source(config, dataclasses.replace(stage, chunks=least)))
+    encoder.prepare(config, told)
+    clips = teacher_forcing.source(config, dataclasses.replace(stage, chunks=least))
+    return Beginnings(clips, frames_of_chunks(stage.known)) if stage.known else Prompts(clips)
   prompts = PromptFile(config.data.path, "config.data.path")
-  encoder.prepare(config, known | {"config.data.path": prompts.lines})
+  encoder.prepare(config, told | {"config.data.path": prompts.lines})
   return prompts
 
 
-def inputs(config: Config, batch: dict) -> captions.Text:
+class Start(NamedTuple):
+  """What a batch's clips may begin with: real frames, and how many chunks of them are given; 0 where all is to be made."""
+
+  frames: UInt8[Array, "B F H W 3"]
+  chunks: Int32[Array, "B"]
+
+  def encoded(self, model: ModelConfig) -> rollout.Beginning:
+    x = DigitsCodec().encode(self.frames)
+    x = x.reshape(x.shape[0], -1, model.chunk_frames, *x.shape[2:])
+    return rollout.Beginning(x, jnp.arange(x.shape[1]) < self.chunks[:, None])
+
+
+def inputs(config: Config, batch: dict) -> tuple[captions.Text, Start | None]:
   """A batch of the loader as arrays."""
-  return captions.text(config, batch["caption"], config.distill.negative)
+  text = captions.text(config, batch["caption"], config.distill.negative)
+  return text, Start(batch["frames"], batch["prefix"]) if "frames" in batch else None
 
 
 def critic_optimizer(config: Config) -> optax.GradientTransformation:
@@ -156,13 +181,17 @@ def state_of(config: Config, params: dict, critic: dict, mesh: Mesh | None = Non
   return teacher_forcing.state_of(config, params, mesh) | {"critic": critic, "critic_opt": critic_opt}
 
 
-def student_rollout(config: Config, params: dict, prompt: captions.Rows, key, samples, silent, exit_step):
+def student_rollout(
+  config: Config, params: dict, prompt: captions.Rows, key, samples, silent, exit_step, start: Start | None = None
+):
   """`silent` chunks without gradient, then as many as the teacher judges: (latents [B,T,h,w,C], `rollout.Looks`)."""
   model, cfg, sampler = config.model, config.memory, config.sampler
   k, v = captions.kv(model, params, prompt)
   memory, fixed = jax.lax.stop_gradient((init_memory(model, cfg, (k, v), config.train.seed), params["dit"]))
   quiet, fixed = rollout.for_compute(model, fixed)
-  one = lambda _, m: rollout.rollout_chunk(quiet, cfg, sampler, fixed, m, key, samples, in_place=True)[1]
+  beginning = start and start.encoded(model)
+  silently = functools.partial(rollout.rollout_chunk, in_place=True, beginning=beginning)
+  one = lambda _, m: silently(quiet, cfg, sampler, fixed, m, key, samples)[1]
   memory = jax.lax.fori_loop(0, silent, one, memory)
   latents, _, looks = rollout.self_forcing(
     model,
@@ -175,6 +204,7 @@ def student_rollout(config: Config, params: dict, prompt: captions.Rows, key, sa
     judged_chunks(config),
     exit_step,
     config.distill.cache_gradient,
+    beginning,
   )
   return latents.reshape(latents.shape[0], -1, *latents.shape[3:]), looks
 
@@ -193,15 +223,27 @@ def fake_score(config: Config, critic: dict, text: captions.Text) -> distill.Den
 
 
 def student_loss(
-  config: Config, params: dict, critic: dict, teacher: dict, text: captions.Text, keys, index, silent, exit_step
+  config: Config,
+  params: dict,
+  critic: dict,
+  teacher: dict,
+  text: captions.Text,
+  keys,
+  index,
+  silent,
+  exit_step,
+  start: Start | None = None,
 ):
   """The generator's loss and the importance head's: (loss, (metrics, latents [B,T,h,w,C])).
+
+  Real latents are judged with the rest, and counted in the mean and in what it is normalised by: they give what is made its
+  context, and move nothing themselves.
 
   Args:
     keys: of the rollout's noise and of the judges'. index: places of the clips in the step's whole batch.
   """
   play, judge = keys
-  x, looks = student_rollout(config, params, text.prompt, play, index, silent, exit_step)
+  x, looks = student_rollout(config, params, text.prompt, play, index, silent, exit_step, start)
   real, fake = real_score(config, teacher, text), fake_score(config, critic, text)
   d = config.distill
   value, metrics = distill.STUDENT_LOSSES[d.loss](clip_keys(judge, index), x, real, fake, d.shift, d.levels)
@@ -213,7 +255,10 @@ def student_loss(
 
 
 def critic_loss(config: Config, critic: dict, prompt: captions.Rows, keys, x):
-  """The critic's loss on a student's latents x [B,T,h,w,C]; keys: one for each clip."""
+  """The critic's loss on a student's latents x [B,T,h,w,C]; keys: one for each clip.
+
+  Real latents of a beginning count like the others: it is asked about whole clips, beside a teacher that knows real ones.
+  """
   model = critic_model(config)
   kv = captions.kv(model, critic, prompt)
   output = lambda y, sigma: distill.whole_clip(model, critic["dit"], kv, y, sigma)
@@ -234,11 +279,11 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, bat
 
   All devices' rollouts have one length, by half of the steps that of a teacher's clip, and leave at one step.
   """
-  ((text, index),) = batches
+  (((text, start), index),) = batches
   silent, exit_step, (play, judge, critic_key) = drawn(config, stage, state["step"])
 
-  def of_student(params, critic, teacher, text, index):
-    of = lambda p: student_loss(config, p, critic, teacher, text, (play, judge), index, silent, exit_step)
+  def of_student(params, critic, teacher, text, start, index):
+    of = lambda p: student_loss(config, p, critic, teacher, text, (play, judge), index, silent, exit_step, start)
     (_, (metrics, x)), grads = jax.value_and_grad(of, has_aux=True)(params)
     return jax.lax.pmean((metrics, grads), AXES), x
 
@@ -248,9 +293,8 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, bat
 
   shared, split = PartitionSpec(), BATCH
   own = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-  (metrics, grads), x = own(of_student, in_specs=(shared, shared, shared, split, split), out_specs=(shared, split))(
-    state["params"], state["critic"], fixed, text, index
-  )
+  of_student = own(of_student, in_specs=(shared, shared, shared, split, split, split), out_specs=(shared, split))
+  (metrics, grads), x = of_student(state["params"], state["critic"], fixed, text, start, index)
   of_critic = own(of_critic, in_specs=(shared, split, split, shared, split), out_specs=shared)
   updates, opt = optimizer(config.train).update(grads, state["opt"], state["params"])
   params = optax.apply_updates(state["params"], updates)

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from sfjax import cluster, rollout, self_forcing, teacher_forcing
+from sfjax.codec import DigitsCodec
 from sfjax.config import Config, load_config, to_dataclass
+from sfjax.data.digits import frames_of_chunks
 from sfjax.errors import UserError
 from sfjax.ledger import abstract_memory, total, tree_bytes
 from sfjax.model import ModelConfig
@@ -27,7 +29,7 @@ HELD = {
   "critic": "critic: weights",
   "critic_opt": "critic: optimiser",
   "teacher": "teacher: weights",
-  "step": "captions, counter",
+  "step": "captions, known frames, counter",
 }
 ROLLOUT = {
   "gathered": "student's weights, gathered whole",
@@ -122,6 +124,11 @@ def predict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: 
   held = {name: shard_bytes(mesh, x) for name, x in (state | {"teacher": shapes["teacher"]}).items()}
   row = model.text_dim * jnp.dtype(model.dtype).itemsize if of_wan(model) else 4  # an embedding's, or a word's
   held["step"] += batch * (2 * model.text_len * row + 4)
+  known = max(stage.known for stage in config.train.stages)
+  if known:  # frames, and how many chunks of them count
+    codec = DigitsCodec()
+    pixels = frames_of_chunks(known) * math.prod(model.latent_size) * codec.space**2
+    held["step"] += batch * (3 * pixels + 4)
 
   chunks, size = teacher.chunk_frames // model.chunk_frames, jnp.dtype(model.dtype).itemsize * batch
   tokens, slots = chunks * model.layout.tokens, chunks * model.layout.slots

@@ -23,7 +23,7 @@ class Source(Protocol):
 
 
 class DigitsSource:
-  """Generated digits with random access, 2^31 - 1 clips long.
+  """Generated digits with random access, 2^31 - 1 clips long; "prefix" beside frames and caption is `Clip.prefix_chunks`.
 
   Args:
     prompt: config of the clips.
@@ -49,7 +49,7 @@ class DigitsSource:
       clip = render(prompt, self._seed, index)
     else:
       clip = render_mixed(prompt, memory, self._p_memory, self._seed, index)
-    return {"frames": clip.frames, "caption": clip.caption}
+    return {"frames": clip.frames, "caption": clip.caption, "prefix": np.int32(clip.prefix_chunks)}
 
 
 class Prompts:
@@ -63,6 +63,20 @@ class Prompts:
 
   def __getitem__(self, index: int) -> dict:
     return {"caption": self._source[index]["caption"]}
+
+
+class Beginnings:
+  """The captions of a source of digits, how many chunks ("prefix") clips show before they hide, and the first frames of all."""
+
+  def __init__(self, source: DigitsSource, frames: int):
+    self._source, self._frames = source, frames
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict:
+    clip = self._source[index]
+    return clip | {"frames": clip["frames"][: self._frames]}
 
 
 class PromptFile:

@@ -24,15 +24,19 @@ def test_what_xla_said_of_the_step_at_full_size(devices, held, workspace):
   assert p.workspace / 1e9 == pytest.approx(workspace, rel=0.1)
 
 
-def test_held_are_the_arrays_of_a_run():
+@pytest.mark.parametrize("variant", ["student", "student_memory"])
+def test_held_are_the_arrays_of_a_run(variant):
   """The digits' student, whose teacher is in a folder and whose words are learnt; shards: in test_wan_student.py."""
-  config = to_dataclass(Config, load_config("configs/digits.py:student"))
+  config = to_dataclass(Config, load_config(f"configs/digits.py:{variant}"))
   p = training_ledger.predict(config, *training_ledger.judges(config), 1)
   state, (stage,) = self_forcing.state(config), config.train.stages
-  text = self_forcing.inputs(config, {"caption": ["a red 3"] * stage.batch})
+  batch = {"caption": ["a red 3"] * stage.batch}
+  if stage.known:
+    batch |= {"frames": np.zeros((stage.batch, 45, 64, 64, 3), np.uint8), "prefix": np.zeros(stage.batch, np.int32)}
+  text, start = self_forcing.inputs(config, batch)
   arrays = {name: state[name] for name in ("params", "ema", "opt", "critic", "critic_opt")}
   arrays["teacher"] = self_forcing.fixed(config)
-  arrays["step"] = (state["step"], text.prompt, np.array(text.null), np.arange(stage.batch, dtype=np.int32))
+  arrays["step"] = (state["step"], text.prompt, np.array(text.null), start, np.arange(stage.batch, dtype=np.int32))
   assert p.held == {name: sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree)) for name, tree in arrays.items()}
 
 

@@ -48,7 +48,7 @@ def tree():
   return to_config_dict(Outer("x", Inner(3)))
 
 
-@pytest.mark.parametrize("variant", ["", "tiny", "dense", "window", "attention", "base"])
+@pytest.mark.parametrize("variant", ["", "tiny", "dense", "window", "attention", "base", "student_memory"])
 def test_roundtrip_of_every_variant(variant):
   config = to_dataclass(Config, load_config(f"{DIGITS}:{variant}"))
   assert isinstance(config.train.stages[0], Stage) and isinstance(config.model.tile, tuple)
@@ -153,6 +153,12 @@ def test_roundtrip(inner):
   config = Outer("n", inner, (inner, inner))
   assert to_dataclass(Outer, json.loads(json.dumps(to_dict(config)))) == config
   assert to_dataclass(Outer, to_config_dict(config)) == config
+
+
+def test_known_chunks_want_a_teacher():
+  values = load_config(f"{DIGITS}:student_memory")
+  with pytest.raises(UserError, match=r"^config\.train\.stages: known is \[4\]; want 0 without a distill\.teacher$"):
+    to_dataclass(Config, apply_overrides(values.unlock(), {"distill.teacher": ""}))
 
 
 def test_stages_must_end():

@@ -9,7 +9,9 @@ import optax
 import pytest
 
 from sfjax import checkpoint, cluster, rollout, self_forcing, teacher_forcing
-from sfjax.config import Config, DataConfig, DistillConfig, Stage, TrainConfig, to_dict
+from sfjax.codec import DigitsCodec
+from sfjax.config import Config, DataConfig, DistillConfig, Stage, TrainConfig, load_config, to_dataclass, to_dict
+from sfjax.data.loader import make_loader
 from sfjax.errors import UserError
 from sfjax.flow import SamplerConfig
 from sfjax.routing import MemoryConfig
@@ -17,7 +19,9 @@ from sfjax.text import WordEncoder
 from tests.memory.test_equality import random_params, tiny
 
 B, JUDGED, SILENT = 2, 3, 2
-MODEL = tiny(latent_size=(4, 6), tile=(1, 2, 3), layers=2, prediction="x0", text_len=16)
+MODEL = tiny(
+  latent_size=(4, 6), tile=(1, 2, 3), layers=2, prediction="x0", text_len=16, latent_channels=DigitsCodec().channels
+)
 STAGE = Stage(1.0, chunks=JUDGED + SILENT, batch=B)
 
 
@@ -42,7 +46,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text():
-  return jax.tree.map(jnp.asarray, self_forcing.inputs(make(""), {"caption": ["a red 3", "a blue 7 and a green 1"]}))
+  return jax.tree.map(jnp.asarray, self_forcing.inputs(make(""), {"caption": ["a red 3", "a blue 7 and a green 1"]})[0])
 
 
 def begin(config):
@@ -64,8 +68,8 @@ def test_a_step_moves_the_student_and_then_the_critic(teacher, text):
   config = make(teacher)
   state, fixed = begin(config), self_forcing.fixed(config)
   step = jax.jit(lambda s, f, b: self_forcing.step(config, STAGE, cluster.make_mesh(), s, f, b))
-  once, metrics = step(state, fixed, [(text, jnp.arange(B))])
-  twice, more = step(once, fixed, [(text, jnp.arange(B))])
+  once, metrics = step(state, fixed, [((text, None), jnp.arange(B))])
+  twice, more = step(once, fixed, [((text, None), jnp.arange(B))])
   assert int(twice["step"]) == 2 and all(np.isfinite(x) for x in (*metrics.values(), *more.values()))
   assert metrics["not_finite"] == 0 and metrics["importance"] > 0 and metrics["grad_norm"] > 0
   for part in ("params", "critic"):
@@ -74,7 +78,7 @@ def test_a_step_moves_the_student_and_then_the_critic(teacher, text):
     assert not {name for name in still if name.startswith("dit") and "importance" not in name}, part
   assert {n for n in moved(state["params"], twice["params"]) if "importance" in n}
   assert not moved(fixed, self_forcing.fixed(config))
-  again, _ = step(state, fixed, [(text, jnp.arange(B))])
+  again, _ = step(state, fixed, [((text, None), jnp.arange(B))])
   assert not moved(once, again)
 
 
@@ -115,6 +119,64 @@ def test_only_the_last_chunks_of_a_longer_rollout_are_judged(teacher, text):
   np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()))
 
 
+@pytest.fixture(scope="module")
+def beginning():
+  """One real chunk, of the first of two clips: a `Start`, and its latents."""
+  frames = np.random.default_rng(0).integers(0, 256, (B, 9, 8, 12, 3), np.uint8)
+  return self_forcing.Start(frames, np.array([1, 0], np.int32)), DigitsCodec().encode(frames)
+
+
+def test_the_critic_sees_real_beginnings(teacher, text, beginning, monkeypatch):
+  """Its loss stands for what it sees: how far the first clip's first chunk is from the real one; the other's is its own."""
+  config, (start, latents) = make(teacher), beginning
+
+  def loss(config, critic, prompt, keys, x):
+    first, other = jnp.abs(x[:, :3] - latents).max((1, 2, 3, 4))
+    return jnp.where(other > 0.1, first, jnp.nan) + 0 * sum(leaf.sum() for leaf in jax.tree.leaves(critic))
+
+  monkeypatch.setattr(self_forcing, "critic_loss", loss)
+  go = jax.jit(lambda s, f, b: self_forcing.step(config, STAGE, cluster.make_mesh(), s, f, b))
+  silent, _, _ = jax.vmap(lambda step: self_forcing.drawn(config, STAGE, step))(jnp.arange(20))
+  told = []
+  for step in (np.argmax(silent == 0), np.argmax(silent > 0)):
+    state = begin(config) | {"step": jnp.asarray(step, jnp.int32)}
+    _, metrics = go(state, self_forcing.fixed(config), [((text, start), jnp.arange(B))])
+    assert all(np.isfinite(x) for x in metrics.values()) and metrics["grad_norm"] > 0 and metrics["not_finite"] == 0
+    told.append(metrics["critic_loss"])
+  assert told[0] < 1e-5 and told[1] > 0.1  # in a longer rollout real chunks come before what is judged
+
+
+def test_a_longer_rollout_begins_with_them_too(teacher, text, beginning):
+  """They are its first chunks, without gradient or not: what comes later differs in that clip, and in no other."""
+  config, (start, _) = make(teacher), beginning
+  params, key, samples = begin(config)["params"], jax.random.key(3), jnp.arange(B)
+
+  @jax.jit
+  def play(silent, chunks):
+    given = start._replace(chunks=chunks)
+    return self_forcing.student_rollout(config, params, text.prompt, key, samples, silent, 1, given)[0]
+
+  nothing, one = play(SILENT, np.zeros(B, np.int32)), play(SILENT, start.chunks)
+  assert np.abs(one[0] - nothing[0]).max() > 1e-2
+  np.testing.assert_allclose(one[1], nothing[1], atol=1e-5)
+
+
+def test_what_real_beginnings_show():
+  """Of the digits' config: up to the chunk that covers the digit, within the clips that the teacher judges."""
+  config = to_dataclass(Config, load_config("configs/digits.py:student_memory"))
+  (stage,) = config.train.stages
+  source = self_forcing.source(config, stage)
+  batch = next(make_loader(source, 48, seed=0))
+  _, start = self_forcing.inputs(config, batch)
+  begun = start.encoded(config.model)
+  assert begun.latents.shape == (48, 4, 3, 32, 32, 48) and set(start.chunks.tolist()) == {0, 2, 3, 4}
+  np.testing.assert_array_equal(begun.real.sum(1), start.chunks)
+  assert abs((start.chunks > 0).mean() - stage.p_memory) < 0.25
+  for clip in np.flatnonzero(start.chunks):
+    last = start.frames[clip, 12 * start.chunks[clip] - 4]  # the cover is at rest, the countdown has begun
+    assert last[60:, :4].min() > 230 and (batch["caption"][clip] == "" or "digit" in batch["caption"][clip])
+
+
 def test_the_critic_learns_what_the_student_makes(teacher, text):
   """Steps on one batch of latents lower the critic's loss on new noise."""
   config = make(teacher)
@@ -151,6 +213,21 @@ def test_a_teacher_that_does_not_fit(teacher, change, line):
     ({}, Stage(1.0, chunks=3, batch=2, firsts=2), "stages: chunks 3, firsts 2"),
     ({}, Stage(1.0, chunks=3, batch=2, dense=True), "dense True; with a teacher want .*dense False"),
     (dict(sampler=SamplerConfig("few_step", 2, guidance=6.0)), STAGE, "config.sampler: kind few_step, guidance 6.0"),
+    (
+      {},
+      dataclasses.replace(STAGE, known=1),
+      "known 1, p_memory 0.0, of source digits; want known below 3, p_memory above 0",
+    ),
+    (
+      {},
+      dataclasses.replace(STAGE, known=3, p_memory=0.5),
+      "known 3, p_memory 0.5, of source digits; want known below 3",
+    ),
+    (
+      dict(data=DataConfig("prompts", "prompts.txt")),
+      dataclasses.replace(STAGE, known=1, p_memory=0.5),
+      "known 1, p_memory 0.5, of source prompts; want .*source digits",
+    ),
     (dict(train=TrainConfig(4, (STAGE,), accumulate=2)), STAGE, "config.train.accumulate: 2; with a teacher want 1"),
   ],
 )
