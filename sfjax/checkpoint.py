@@ -3,12 +3,14 @@
 `load_config` and `load_params` read either: a model folder, or the newest step of a training run.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -166,8 +168,13 @@ def load_arrays(path) -> dict[str, np.ndarray]:
   return {k.removesuffix(":bfloat16"): v.view(jnp.bfloat16) if k.endswith(":bfloat16") else v for k, v in found.items()}
 
 
-def export(directory, params: dict, config: dict, card: dict) -> None:
-  """A folder for inference: params.npz (bfloat16), config.json, card.json; it appears whole or not at all."""
+@contextlib.contextmanager
+def whole_folder(directory) -> Iterator[pathlib.Path]:
+  """A hidden folder beside `directory` to write to: at the end it takes that one's place, whole or not at all.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
   directory = pathlib.Path(directory)
   part, old = (directory.with_name(f".{directory.name}.{end}") for end in ("part", "old"))
   shutil.rmtree(part, ignore_errors=True)
@@ -176,14 +183,20 @@ def export(directory, params: dict, config: dict, card: dict) -> None:
     part.mkdir(parents=True)
   except OSError as e:
     raise UserError(f"{directory}: cannot be written ({e.strerror})") from e
-  half = lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x
-  save_arrays(part / "params.npz", {k: half(v) for k, v in flatten(params).items()})
-  write_json_atomic(part / "config.json", config)
-  write_json_atomic(part / "card.json", card)
+  yield part
   if directory.exists():
     os.replace(directory, old)
   os.replace(part, directory)
   shutil.rmtree(old, ignore_errors=True)
+
+
+def export(directory, params: dict, config: dict, card: dict) -> None:
+  """A folder for inference: params.npz (bfloat16), config.json, card.json; it appears whole or not at all."""
+  half = lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x
+  with whole_folder(directory) as part:
+    save_arrays(part / "params.npz", {k: half(v) for k, v in flatten(params).items()})
+    write_json_atomic(part / "config.json", config)
+    write_json_atomic(part / "card.json", card)
 
 
 def _steps(directory, flag: str) -> pathlib.Path | None:

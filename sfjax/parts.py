@@ -24,7 +24,7 @@ from sfjax.codec import DigitsCodec
 from sfjax.config import Config, to_dataclass, to_dict
 from sfjax.errors import UserError
 from sfjax.model import ModelConfig
-from sfjax.runlog import make_folder, write_json_atomic
+from sfjax.runlog import write_json_atomic
 from sfjax.tensors import open_tensors
 from sfjax.text import WordEncoder
 from sfjax.text_cache import TextCache
@@ -130,10 +130,6 @@ def export_model(directory, params: dict, config: Config, card: dict) -> None:
   if not of_wan(config.model):
     checkpoint.export(directory, params, to_dict(config), card)
     return
-  directory = pathlib.Path(directory)
-  part = directory.with_name(f".{directory.name}.part")
-  shutil.rmtree(part, ignore_errors=True)
-  part = make_folder(part, "the model's folder")
 
   def stream(path, x):
     layers = path[0].key == "blocks"
@@ -141,16 +137,15 @@ def export_model(directory, params: dict, config: Config, card: dict) -> None:
     pieces = lambda: (half(part) for part in x) if layers else iter([half(x)])
     return streamed.Streamed(x.shape, jnp.dtype(jnp.bfloat16), pieces, whole=not layers)
 
-  streamed.save(part / "dit", jax.tree_util.tree_map_with_path(stream, params["dit"]))
-  folders = [pathlib.Path(x) for x in (config.train.init, config.distill.teacher) if x]
-  for name in _AROUND:
-    found = [folder / name for folder in folders if (folder / name).exists()]
-    if found:
-      _bring(found[0], part / name)
-  write_json_atomic(part / "card.json", card)
-  write_json_atomic(part / "config.json", to_dict(config))
-  shutil.rmtree(directory, ignore_errors=True)
-  os.replace(part, directory)
+  with checkpoint.whole_folder(directory) as part:
+    streamed.save(part / "dit", jax.tree_util.tree_map_with_path(stream, params["dit"]))
+    folders = [pathlib.Path(x) for x in (config.train.init, config.distill.teacher) if x]
+    for name in _AROUND:
+      found = [folder / name for folder in folders if (folder / name).exists()]
+      if found:
+        _bring(found[0], part / name)
+    write_json_atomic(part / "card.json", card)
+    write_json_atomic(part / "config.json", to_dict(config))
 
 
 def _bring(source: pathlib.Path, target: pathlib.Path) -> None:
