@@ -4,6 +4,7 @@ A batch is split over all devices. The training state is split over the axis "fs
 weights before it uses them, and every device updates its own part of them and of the optimiser's state.
 """
 
+import contextlib
 import os
 
 import jax
@@ -33,12 +34,35 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
   given = coordinator, processes, process
   if all(x is None for x in given):
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
-      jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE)
+      _initialize()
     return
   if any(x is None for x in given) or not 0 <= process < processes:
     told = f"--coordinator {coordinator} --processes {processes} --process {process}"
     raise UserError(f"{told}; want all three or none, and a process of 0 .. processes - 1")
-  jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=_SILENCE)
+  _initialize(coordinator, processes, process)
+
+
+def _initialize(*who) -> None:
+  jax.config.update("jax_cpu_enable_async_dispatch", False)  # Gloo may mix up what two programs at once send
+  jax.distributed.initialize(*who, heartbeat_timeout_seconds=_SILENCE)
+
+
+@contextlib.contextmanager
+def explained():
+  """Where hosts work together, an error of a program is told as what it mostly means.
+
+  Raises:
+    UserError: a program failed within, as it does where another host is gone.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if jax.process_count() == 1:
+      raise
+    told = str(e).strip().splitlines()[0]
+    raise UserError(
+      f"another host has died, or this one failed ({told}); rerun on all to go on from the last save"
+    ) from e
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:

@@ -147,7 +147,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
     return step % t.log_every == 0 and bool(multihost_utils.process_allgather(np.int32(stop.asked or 0)).any())
 
   stop = StopSignal()
-  with writer or contextlib.nullcontext(), stop:
+  with writer or contextlib.nullcontext(), stop, cluster.explained():
     try:
       while step < t.steps and not asked():
         index, done = t.stage_at(step)

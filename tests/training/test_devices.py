@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -125,8 +126,22 @@ def test_the_death_of_a_host_ends_the_others(tmp_path):
   said = survivor.communicate(timeout=90)[0]  # 30 s of silence, and what a slow machine takes beside
   victim.communicate()
   assert survivor.returncode != 0
-  assert "another task died" in said
+  assert re.search("another (task died|host has died)", said), said[
+    -2000:
+  ]  # the service's words, or a failed program's
   on_two_hosts(tmp_path, steps=max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) + 2)
+
+
+def test_a_program_that_fails_among_hosts_is_told_as_a_death(monkeypatch):
+  def fail():
+    with cluster.explained():
+      raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: connection closed\nmore")
+
+  with pytest.raises(jax.errors.JaxRuntimeError):  # on one host it is what it says
+    fail()
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(UserError, match="another host has died, or this one failed .*connection closed.; rerun on all"):
+    fail()
 
 
 def test_what_is_split_and_what_is_whole():
