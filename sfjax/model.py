@@ -106,8 +106,14 @@ _xavier = nnx.initializers.xavier_uniform()
 _small = nnx.initializers.normal(0.02)
 
 
+def wide(x):
+  """The same numbers in float32 at least: what lies between two products is reckoned so, and rounded once, where a product or
+  the next layer takes it."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class Linear(nnx.Module):
-  """y = x W + b in the compute dtype.
+  """y = x W + b: the product in x's dtype, its sum with b wide.
 
   The product is kept apart from what follows: then XLA reads the layer's W where it lies in the stack. Joined with b, and
   with a GELU, it would copy W first, which pays only where the output is much wider than W is long.
@@ -121,21 +127,24 @@ class Linear(nnx.Module):
     """x W, kept apart."""
     return jax.lax.optimization_barrier(x @ self.kernel[...].astype(x.dtype))
 
-  def __call__(self, x, joined: bool = False):
-    y = x @ self.kernel[...].astype(x.dtype) if joined else self.product(x)
-    return y + self.bias[...].astype(x.dtype)
+  def joined(self, x):
+    """y in x's dtype, for a GELU to follow: all in one product's epilogue on a GPU."""
+    return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+  def __call__(self, x):
+    return wide(self.product(x)) + wide(self.bias[...].astype(x.dtype))
 
 
 def layer_norm(x, eps: float):
-  """Non-affine LayerNorm with float32 statistics; x's dtype returns."""
-  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  """Non-affine LayerNorm, wide."""
+  y = wide(x)
   y = y - y.mean(-1, keepdims=True)
-  return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+  return y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
 
 
 def rms_norm(x, weight, eps: float):
-  """RMSNorm over the full width, float32 inside, cast back before the weight (Wan's qk norm)."""
-  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  """RMSNorm over the full width, float32 inside, cast back before the weight."""
+  y = wide(x)
   y = (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
   return y * weight.astype(x.dtype)
 
@@ -150,23 +159,29 @@ class Attention(nnx.Module):
   """Projections shared by self- and cross-attention: q, k, v, o with bias, RMSNorm on the whole q and k vectors."""
 
   def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-    self.cfg = cfg
+    self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
     self.q, self.k, self.v, self.o = (Linear(cfg, cfg.dim, cfg.dim, rngs) for _ in range(4))
     self.norm_q, self.norm_k = (nnx.Param(jnp.ones((cfg.dim,), jnp.dtype(cfg.param_dtype))) for _ in range(2))
 
   def _heads(self, x):
     return x.reshape(*x.shape[:-1], self.cfg.heads, self.cfg.head_dim)
 
+  def _normed(self, linear: Linear, norm, x):
+    """Heads of a product, normed over the whole width, wide."""
+    return self._heads(rms_norm(linear(x), norm[...].astype(self.dtype), self.cfg.eps))
+
   def query(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T N H"]:
-    return self._heads(rms_norm(self.q(x), self.norm_q[...], self.cfg.eps))
+    return self._normed(self.q, self.norm_q, x).astype(self.dtype)
 
   def key_value(self, x: Float[Array, "*B T D"]):
-    return self._heads(rms_norm(self.k(x), self.norm_k[...], self.cfg.eps)), self._heads(self.v(x))
+    k, v = self._normed(self.k, self.norm_k, x), self._heads(self.v(x))
+    return k.astype(self.dtype), v.astype(self.dtype)
 
   def turned(self, x: Float[Array, "*B T D"], turn):
     """Queries, keys and values [*B,T,N,H] of positions whose (cos, sin) are given."""
-    k, v = self.key_value(x)
-    return rotate(self.query(x), *turn), rotate(k, *turn), v
+    q, k = self._normed(self.q, self.norm_q, x), self._normed(self.k, self.norm_k, x)
+    q, k, v = rotate(q, *turn), rotate(k, *turn), self._heads(self.v(x))
+    return q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
 
   def unfinished(self, x: Float[Array, "*B T D"]):
     """The products q, k, v [*B,T,D] and, [5,D], what finishes them: their biases and the norms' weights of q and k."""
@@ -175,6 +190,7 @@ class Attention(nnx.Module):
     return [p.product(x) for p in parts], jnp.stack([a[...] for a in vectors]).astype(x.dtype)
 
   def out(self, x: Float[Array, "*B T N H"]) -> Float[Array, "*B T D"]:
+    """The output projection, wide."""
     return self.o(x.reshape(*x.shape[:-2], self.cfg.dim))
 
 
@@ -204,27 +220,31 @@ class Block(nnx.Module):
   def __call__(self, x, e0, turn, text_kv, attend):
     """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv (k, v) [B,M,N,H]; attend(block, x, turn) -> (x, ...)."""
     cfg, layout = self.cfg, self.cfg.layout
-    m = [layout.frame_values(a) for a in jnp.moveaxis(self.modulation[...].astype(x.dtype) + e0, -2, 0)]
+    given = lambda p: wide(p[...].astype(x.dtype))
+    m = [layout.frame_values(a) for a in jnp.moveaxis(given(self.modulation) + e0, -2, 0)]
 
-    def modulate(y, shift, scale):
-      return (layout.per_frame(y) * (1 + scale) + shift).reshape(y.shape)
+    def modulated(x, shift, scale):
+      y = layer_norm(x, cfg.eps)
+      return (layout.per_frame(y) * (1 + scale) + shift).reshape(y.shape).astype(x.dtype)
 
     def gated(y, gate):
       return (layout.per_frame(y) * gate).reshape(y.shape)
 
-    h = modulate(layer_norm(x, cfg.eps), m[0], m[1])
-    out, *rest = attend(self, h, turn)
-    x = x + gated(out, m[2])
+    def added(x, y):
+      return (wide(x) + y).astype(x.dtype)
 
-    h = layer_norm(x, cfg.eps) * self.norm3_scale[...].astype(x.dtype) + self.norm3_bias[...].astype(x.dtype)
-    q = self.cross_attn.query(h)
+    out, *rest = attend(self, modulated(x, m[0], m[1]), turn)
+    x = jax.lax.optimization_barrier(added(x, gated(out, m[2])))  # or XLA would write it wide, for its three readers
+
+    h = layer_norm(x, cfg.eps) * given(self.norm3_scale) + given(self.norm3_bias)
+    q = self.cross_attn.query(h.astype(x.dtype))
     flat = q.reshape(q.shape[0], -1, *q.shape[-2:])
     out = dense_attention(flat, *text_kv).reshape(q.shape)
-    x = x + self.cross_attn.out(out)
+    x = added(x, self.cross_attn.out(out))
 
-    h = modulate(layer_norm(x, cfg.eps), m[3], m[4])
-    h = self.ffn_out(jax.nn.gelu(self.ffn_in(h, joined=True), approximate=True))
-    return x + gated(h, m[5]), *rest
+    h = self.ffn_in.joined(modulated(x, m[3], m[4]))
+    h = self.ffn_out(jax.nn.gelu(h, approximate=True))
+    return added(x, gated(h, m[5])), *rest
 
 
 class DiT(nnx.Module):
@@ -249,8 +269,9 @@ class DiT(nnx.Module):
 
   def text_kv(self, text: Float[Array, "B M E"]):
     """Cross-attention keys and values of every layer, [L,B,M,N,H] twice; rows past the text are zeros, never masked."""
-    h = self.text_in(text.astype(jnp.dtype(self.cfg.dtype)))
-    h = self.text_out(jax.nn.gelu(h, approximate=True))
+    dtype = jnp.dtype(self.cfg.dtype)
+    h = jax.nn.gelu(self.text_in(text.astype(dtype)), approximate=True)
+    h = self.text_out(h.astype(dtype)).astype(dtype)
     graph, stacked = nnx.split(self.blocks)
     return jax.lax.map(lambda p: nnx.merge(graph, p).cross_attn.key_value(h), stacked)
 
@@ -287,15 +308,15 @@ class DiT(nnx.Module):
     freqs = 10000.0 ** (-np.arange(cfg.freq_dim // 2) / (cfg.freq_dim // 2))
     angle = phase(t, freqs)
     e = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1).astype(dtype)
-    e = self.time_out(jax.nn.silu(self.time_in(e)))
-    e0 = self.time_projection(jax.nn.silu(e)).reshape(*e.shape[:-1], 6, cfg.dim)
+    e = self.time_out(jax.nn.silu(self.time_in(e)).astype(dtype))
+    e0 = self.time_projection(jax.nn.silu(e).astype(dtype)).reshape(*e.shape[:-1], 6, cfg.dim)
 
     f, row, col = layout.positions.T
     frame = jnp.asarray(chunk)[:, None] * cfg.chunk_frames + f
     angles = rope_angles(frame, row, col, cfg.head_dim)
     turn = jnp.cos(angles), jnp.sin(angles)
 
-    h = self.patch_embedding(layout.to_tiles(patchify(x.astype(dtype), cfg.patch)))
+    h = self.patch_embedding(layout.to_tiles(patchify(x.astype(dtype), cfg.patch))).astype(dtype)
     graph, stacked = nnx.split(self.blocks)
     stacked, unpack = _pack_vectors(stacked, jnp.dtype(cfg.param_dtype))
 
@@ -309,11 +330,13 @@ class DiT(nnx.Module):
     (h, carry), aux = jax.lax.scan(_remat(layer, cfg.remat), (h, carry), (stacked, text_kv, layer_inputs))
 
     shift, scale = (
-      layout.frame_values(a) for a in jnp.moveaxis(self.head_modulation[...].astype(dtype) + e[..., None, :], -2, 0)
+      layout.frame_values(a)
+      for a in jnp.moveaxis(wide(self.head_modulation[...].astype(dtype)) + e[..., None, :], -2, 0)
     )
-    h = (layout.per_frame(layer_norm(h, cfg.eps)) * (1 + scale) + shift).reshape(h.shape)
-    out = unpatchify(layout.from_tiles(self.head(h)), cfg.patch, x.shape)
-    return out.astype(jnp.promote_types(out.dtype, jnp.float32)), carry, aux
+    y = layer_norm(h, cfg.eps)
+    y = (layout.per_frame(y) * (1 + scale) + shift).reshape(y.shape).astype(dtype)
+    out = unpatchify(layout.from_tiles(self.head(y)), cfg.patch, x.shape)
+    return out, carry, aux
 
 
 def _pack_vectors(stacked, dtype):

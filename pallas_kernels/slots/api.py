@@ -34,6 +34,8 @@ def to_slots(
 ) -> tuple[Float[Array, "B s N H"], Float[Array, "L B S N H"], Float[Array, "L B S N H"], Float[Array, "3 B K N H"]]:
   """Biases, RMS norm over the whole width of q and k, RoPE of both, blocks of 64 slots, and their means.
 
+  All in float32, rounded once, where it is written; the means are of what is written.
+
   Args:
     q, k, v: products with their weights. vectors: the biases of q, k and v and the norms' weights of q and k, in one array.
     cos, sin: of each token's angles, float32; the pair (2 j, 2 j + 1) of every head turns by angle j.
@@ -86,16 +88,16 @@ def by_xla(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, firs
   n, h = k_slots.shape[-2:]
 
   def turned(x, weight):
-    y = x.astype(wide)
-    y = (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)).astype(x.dtype) * weight
-    y = y.astype(wide).reshape(*x.shape[:2], n, h // 2, 2)
+    y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+    y = y.reshape(*x.shape[:2], n, h // 2, 2)
     c, s = (a[:, None, :, None] for a in (cos, sin))
-    return (y * c + jnp.flip(y, -1) * s * jnp.array([-1, 1], wide)).astype(x.dtype)
+    return y * c + jnp.flip(y, -1) * s * jnp.array([-1, 1], wide)
 
-  q, k, v = (x + bias for x, bias in zip((q, k, v), vectors[:3], strict=True))
+  dtype, vectors = q.dtype, vectors.astype(wide)
+  q, k, v = (x.astype(wide) + bias for x, bias in zip((q, k, v), vectors[:3], strict=True))
   blocks = jnp.stack(
     [x.reshape(x.shape[0], -1, valid, n, h) for x in (turned(q, vectors[3]), turned(k, vectors[4]), v)]
-  )
+  ).astype(dtype)
   blocks = jnp.pad(blocks, [(0, 0)] * 2 + [(0, blocks.shape[2] % 2), (0, BLOCK - valid), (0, 0), (0, 0)])
   means = blocks.astype(jnp.float32).sum(3) / valid
   q, k, v = blocks.reshape(3, q.shape[0], -1, n, h)

@@ -45,7 +45,6 @@ def to_slots(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, fi
   blocks, groups = t // valid, valid // ROWS
   steps = max(s for s in range(1, MOST_STEPS + 1) if groups % s == 0)
   parts = groups // steps
-  rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
 
   def to_slots(*refs):
     products = refs[:3]
@@ -62,8 +61,9 @@ def to_slots(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, fi
 
     def normed(x, i):
       size = (x * x).sum(3).sum(1).sum(1) * (1 / (n * h))
-      x = rounded(x * over(lax.rsqrt(size + eps), 0))
-      return rounded(x * over(load(vector_ref.at[3 + i], BY_COLUMN).astype(jnp.float32), 1, 2, 3))
+      return (
+        x * over(lax.rsqrt(size + eps), 0) * over(load(vector_ref.at[3 + i], BY_COLUMN).astype(jnp.float32), 1, 2, 3)
+      )
 
     def turned(x, step):
       token = rows(block * valid, row(step))
@@ -72,17 +72,17 @@ def to_slots(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, fi
       bits = lax.bitcast_convert_type(x, jnp.int32)  # a sum with zero is then no instruction
       member = lambda bits: lax.bitcast_convert_type(over(bits.sum(3), 0, 1, 2), jnp.float32)
       one, other = member(jnp.where(first, bits, 0)), member(jnp.where(first, 0, bits))
-      return rounded(x * c + jnp.where(first, -other, one) * s)
+      return x * c + jnp.where(first, -other, one) * s
 
     def run(i, target, base):
       raw = [load(products[i].at[rows(batch * t, block * valid, row(step))]) for step in range(steps)]
       bias = over(load(vector_ref.at[i], BY_COLUMN).astype(jnp.float32), 1, 2, 3)
       total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), PAIRS)
       for step in range(steps):
-        x = rounded(raw[step].astype(jnp.float32) + bias)
-        x = turned(normed(x, i), step) if i < 2 else x
-        total += x
-        target[rows(base, block * BLOCK, row(step))] = x.astype(jnp.bfloat16)
+        x = raw[step].astype(jnp.float32) + bias
+        x = (turned(normed(x, i), step) if i < 2 else x).astype(jnp.bfloat16)
+        total += x.astype(jnp.float32)
+        target[rows(base, block * BLOCK, row(step))] = x
       sums_ref[i, batch, block, part] = total.sum(0)
 
       @pl.when(part == parts - 1)

@@ -30,15 +30,14 @@ def draw(dtype, b=1, blocks=2, valid=60, n=2, h=128, layers=2, chunks=3):
 
 
 def oracle(valid, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, first):
-  """In float64, but for the roundings of bias, norm and weight."""
+  """In float64; the means are of what is written."""
   dtype, n, h = q.dtype, *k_slots.shape[-2:]
   wide = lambda x: np.asarray(x, np.float64)
   rounded = lambda x: wide(jnp.asarray(x, dtype))
-  q, k, v = (rounded(wide(x) + wide(bias)) for x, bias in zip((q, k, v), vectors[:3], strict=True))
+  q, k, v = (wide(x) + wide(bias) for x, bias in zip((q, k, v), vectors[:3], strict=True))
   turned = []
   for x, weight in zip((q, k), vectors[3:], strict=True):
-    y = rounded(x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS))
-    y = rounded(y * wide(weight)).reshape(*x.shape[:2], n, h // 2, 2)
+    y = (x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * wide(weight)).reshape(*x.shape[:2], n, h // 2, 2)
     turn = (wide(cos) + 1j * wide(sin))[:, None]
     z = (y[..., 0] + 1j * y[..., 1]) * turn
     turned.append(np.stack([z.real, z.imag], -1).reshape(x.shape))
@@ -59,10 +58,10 @@ def check(got, want, dtype):
   for x, w in zip(slots, want, strict=False):
     x = np.asarray(x, np.float64)
     assert x.shape == w.shape
-    # One rounding of the result; where a value lies near the middle of two, an earlier rounding may go the other way, and a
-    # turn mixes two such values.
-    assert np.linalg.norm(x - w) <= eps * np.linalg.norm(w)
-    assert (np.abs(x - w) <= 4 * eps * np.abs(w).max(-1, keepdims=True)).all()  # and holes are zeros
+    # One rounding of the result, of at most eps / 2 in 16 bit; in float32 about five, and sums of a thousand squares.
+    part = 0.6 if dtype == jnp.bfloat16 else 4
+    assert np.linalg.norm(x - w) <= part * eps * np.linalg.norm(w)
+    assert (np.abs(x - w) <= part * eps * np.abs(w).max(-1, keepdims=True)).all()  # and holes are zeros
   w = want[-1]
   assert means.dtype == jnp.float32 and means.shape == w.shape
   # In bfloat16 of the same rounded values, but for the few that round the other way; in float32 every sum rounds.
