@@ -1,4 +1,4 @@
-"""Tier E, on a GPU (`pytest -m gpu`): "mosaic_sm90" and "cudnn" against "xla" in float32, forward and gradients."""
+"""Tier E, on a GPU (`pytest -o addopts= -m gpu`): "mosaic_sm90" and "cudnn" against "xla" in float32, forward and gradients."""
 
 import functools
 

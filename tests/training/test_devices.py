@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfjax import cluster, self_forcing, teacher_forcing, training
+from sfjax import cluster, teacher_forcing, training
 from sfjax.checkpoint import load_arrays
 from sfjax.config import Config, load_config, to_dataclass
 from sfjax.errors import UserError
-from tests.training.test_self_forcing import STAGE, B, begin, make, teacher  # noqa: F401, a fixture
+from tests.training.test_self_forcing import make, ready, teacher  # noqa: F401, a fixture
 
 STEPS = 3
 CHANGES = dict(steps=STEPS, log_every=1, save_every=2, warmup=1, threads=1, lr=1e-3)
@@ -41,14 +41,8 @@ training.train(dataclasses.replace(config, train=train), workdir)
 def step_of_self_forcing(folder, fsdp=1):
   """Metrics of a step over all devices, and norms of the student's and the critic's weights after it."""
   config = make(folder)
-  config = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=fsdp))
-  mesh, state, fixed = cluster.make_mesh(fsdp), begin(config), self_forcing.fixed(config)
-  text = self_forcing.inputs(config, {"caption": ["a red 3", "a blue 7 and a green 1"]})
-  where = cluster.shardings(mesh, state)
-  step = training.jitted_step(config, STAGE, mesh, where)
-  batches = cluster.share(mesh, [(text, cluster.places(B))])
-  fixed = cluster.place(fixed, cluster.whole(mesh, fixed))
-  state, metrics = step(cluster.place(state, where), fixed, batches)
+  step, *given = ready(dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=fsdp)))
+  state, metrics = step(*given)
   norms = {part: jnp.sqrt(sum((x**2).sum() for x in jax.tree.leaves(state[part]))) for part in ("params", "critic")}
   return {name: float(x) for name, x in (metrics | norms).items()}
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from sfjax import checkpoint, cluster, rollout, self_forcing, teacher_forcing
+from sfjax import checkpoint, cluster, rollout, self_forcing, teacher_forcing, training
 from sfjax.codec import DigitsCodec
 from sfjax.config import Config, DataConfig, DistillConfig, Stage, TrainConfig, load_config, to_dataclass, to_dict
 from sfjax.data.loader import make_loader
@@ -23,6 +23,7 @@ MODEL = tiny(
   latent_size=(4, 6), tile=(1, 2, 3), layers=2, prediction="x0", text_len=16, latent_channels=DigitsCodec().channels
 )
 STAGE = Stage(1.0, chunks=JUDGED + SILENT, batch=B)
+CAPTIONS = ["a red 3", "a blue 7 and a green 1"]
 
 
 def make(folder, **distill):
@@ -46,7 +47,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text():
-  return jax.tree.map(jnp.asarray, self_forcing.inputs(make(""), {"caption": ["a red 3", "a blue 7 and a green 1"]})[0])
+  return jax.tree.map(jnp.asarray, self_forcing.inputs(make(""), {"caption": CAPTIONS})[0])
 
 
 def begin(config):
@@ -58,18 +59,28 @@ def begin(config):
   }
 
 
+def ready(config):
+  """The program that train.py runs, over all devices, and what it is given: (step, state, fixed, batches)."""
+  mesh, state, fixed = cluster.make_mesh(config.train.fsdp), begin(config), self_forcing.fixed(config)
+  text = self_forcing.inputs(config, {"caption": CAPTIONS})
+  where = cluster.shardings(mesh, state)
+  step = training.jitted_step(config, STAGE, mesh, where)
+  batches = cluster.share(mesh, [(text, cluster.places(B))])
+  return step, cluster.place(state, where), cluster.place(fixed, cluster.whole(mesh, fixed)), batches
+
+
 def moved(old, new):
   """Names of the arrays that differ."""
   old, new = checkpoint.named(old), checkpoint.named(new)
   return {name for name in old if np.any(old[name] != new[name])}
 
 
-def test_a_step_moves_the_student_and_then_the_critic(teacher, text):
+def test_a_step_moves_the_student_and_then_the_critic(teacher):
   config = make(teacher)
-  state, fixed = begin(config), self_forcing.fixed(config)
-  step = jax.jit(lambda s, f, b: self_forcing.step(config, STAGE, cluster.make_mesh(), s, f, b))
-  once, metrics = step(state, fixed, [((text, None), jnp.arange(B))])
-  twice, more = step(once, fixed, [((text, None), jnp.arange(B))])
+  step, state, fixed, batches = ready(config)
+  copy = lambda state: jax.tree.map(jnp.copy, state)  # a step consumes its own
+  once, metrics = step(copy(state), fixed, batches)
+  twice, more = step(copy(once), fixed, batches)
   assert int(twice["step"]) == 2 and all(np.isfinite(x) for x in (*metrics.values(), *more.values()))
   assert metrics["not_finite"] == 0 and metrics["importance"] > 0 and metrics["grad_norm"] > 0
   for part in ("params", "critic"):
@@ -78,7 +89,7 @@ def test_a_step_moves_the_student_and_then_the_critic(teacher, text):
     assert not {name for name in still if name.startswith("dit") and "importance" not in name}, part
   assert {n for n in moved(state["params"], twice["params"]) if "importance" in n}
   assert not moved(fixed, self_forcing.fixed(config))
-  again, _ = step(state, fixed, [((text, None), jnp.arange(B))])
+  again, _ = step(state, fixed, batches)
   assert not moved(once, again)
 
 
