@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sfjax.axes import mean, total
 from sfjax.rope import phase, rope_angles, rotate
 from sfjax.tiles import BlockLayout
 
@@ -125,6 +126,10 @@ class Linear(nnx.Module):
     y = x @ self.kernel[...].astype(x.dtype) if joined else self.product(x)
     return y + self.bias[...].astype(x.dtype)
 
+  def summed(self, x):
+    """The same, where x and W's rows are split over devices as `sfjax.axes` says."""
+    return total(self.product(x)) + self.bias[...].astype(x.dtype)
+
 
 def layer_norm(x, eps: float):
   """Non-affine LayerNorm with float32 statistics; x's dtype returns."""
@@ -134,9 +139,9 @@ def layer_norm(x, eps: float):
 
 
 def rms_norm(x, weight, eps: float):
-  """RMSNorm over the full width, float32 inside, cast back before the weight (Wan's qk norm)."""
+  """RMSNorm over the full width, all heads', float32 inside, cast back before the weight (Wan's qk norm)."""
   y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  y = (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+  y = (y * jax.lax.rsqrt(mean((y * y).mean(-1, keepdims=True)) + eps)).astype(x.dtype)
   return y * weight.astype(x.dtype)
 
 
@@ -155,7 +160,7 @@ class Attention(nnx.Module):
     self.norm_q, self.norm_k = (nnx.Param(jnp.ones((cfg.dim,), jnp.dtype(cfg.param_dtype))) for _ in range(2))
 
   def _heads(self, x):
-    return x.reshape(*x.shape[:-1], self.cfg.heads, self.cfg.head_dim)
+    return x.reshape(*x.shape[:-1], -1, self.cfg.head_dim)
 
   def query(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T N H"]:
     return self._heads(rms_norm(self.q(x), self.norm_q[...], self.cfg.eps))
@@ -175,7 +180,7 @@ class Attention(nnx.Module):
     return [p.product(x) for p in parts], jnp.stack([a[...] for a in vectors]).astype(x.dtype)
 
   def out(self, x: Float[Array, "*B T N H"]) -> Float[Array, "*B T D"]:
-    return self.o(x.reshape(*x.shape[:-2], self.cfg.dim))
+    return self.o.summed(x.reshape(*x.shape[:-2], -1))
 
 
 class Block(nnx.Module):
@@ -223,7 +228,7 @@ class Block(nnx.Module):
     x = x + self.cross_attn.out(out)
 
     h = modulate(layer_norm(x, cfg.eps), m[3], m[4])
-    h = self.ffn_out(jax.nn.gelu(self.ffn_in(h, joined=True), approximate=True))
+    h = self.ffn_out.summed(jax.nn.gelu(self.ffn_in(h, joined=True), approximate=True))
     return x + gated(h, m[5]), *rest
 
 
