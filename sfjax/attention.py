@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK, pbsa
 from sfjax import memory as kv
+from sfjax.axes import splits_heads
 from sfjax.model import ModelConfig, dense_attention
 from sfjax.rope import turn_forward
 from sfjax.routing import (
@@ -50,18 +51,18 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
     m, layer = given
     if slots is not None:
       m = m.replace(k=slots[0], v=slots[1])
-    if slots is None or cfg.route_parts > 1:
+    if slots is None or cfg.route_parts > 1 or splits_heads():
       q, k, v = (layout.pack(x[:, 0]) for x in block.self_attn.turned(h, turn))
       m = kv.write_chunk(model, cfg, m, k, v, layer)
       q_pooled, content = pool_queries(q, layout, cfg.route_parts), block_content(v, layout)
-    else:  # all of this in one kernel, where there is one; it knows one mean a block
+    else:  # all of this in one kernel, where there is one; it knows one mean a block, and norms over the heads it sees
       unfinished = block.self_attn.unfinished(h[:, 0])
       m, q, q_pooled, content = kv.write_projections(model, cfg, m, unfinished, [x[0] for x in turn], layer)
     if cfg.selects or layout.blocks > layout.full_blocks:
       ids, counts = kv.route(model, cfg, m, q_pooled)
       prefix = cfg.persistent_count(layout, m.chunk) if cfg.persistent else 0
     else:  # all that is there, in the order in which it lies
-      ids = jnp.zeros((q.shape[0], model.heads, layout.blocks // 2, 0), jnp.int32)
+      ids = jnp.zeros((q.shape[0], q.shape[2], layout.blocks // 2, 0), jnp.int32)
       counts = jnp.zeros(ids.shape[:3], jnp.int32)
       prefix = jnp.minimum(m.chunk + 1, cfg.window) * layout.blocks
     keys = kv.persistent_keys(model, cfg, m) if slots is None else prefix_k

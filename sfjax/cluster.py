@@ -1,7 +1,8 @@
 """Devices of one or several hosts: joining them, one mesh over all, and where arrays lie on it.
 
-A batch is split over all devices. The training state is split over the axis "fsdp" and repeated along "data": a step gathers
-weights before it uses them, and every device updates its own part of them and of the optimiser's state.
+A batch is split over "data" and "fsdp", a layer over "tensor" (`sfjax.axes`). The training state is split over "fsdp" and
+"tensor" and repeated along "data": a step gathers weights along "fsdp" before it uses them, and every device updates its own
+part of them and of the optimiser's state.
 """
 
 import contextlib
@@ -12,12 +13,12 @@ import numpy as np
 from jax.extend.core import Literal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sfjax.checkpoint import placed
+from sfjax.axes import AXES, BATCH, rule
+from sfjax.checkpoint import named, placed
 from sfjax.errors import UserError
+from sfjax.model import ModelConfig
 
 _SILENCE = 30  # seconds without a sign of life after which a host is taken for dead, and the others end
-AXES = ("data", "fsdp")
-BATCH = PartitionSpec(AXES)
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -65,29 +66,56 @@ def explained():
     ) from e
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-  """All devices of all hosts, `fsdp` of them along the axis of that name.
+def mesh_shape(devices: int, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
+  """Sizes of `AXES`. Raises UserError: they do not divide."""
+  if tensor < 1 or devices % tensor:
+    raise UserError(f"config.train.tensor: {tensor} does not divide {devices} devices")
+  if fsdp < 1 or devices % (fsdp * tensor):
+    raise UserError(f"config.train.fsdp: {fsdp} does not divide {told(devices, tensor)}")
+  return devices // (fsdp * tensor), fsdp, tensor
+
+
+def told(devices: int, tensor: int) -> str:
+  """So many devices, in words, by how many have clips of their own."""
+  return f"{devices // tensor} groups of {tensor} devices" if tensor > 1 else f"{devices} devices"
+
+
+def make_mesh(fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+  """All devices of all hosts, or those given, `fsdp` and `tensor` of them along the axes of these names.
+
+  Devices along "tensor" are of one host, which so has whole clips.
 
   Raises:
     UserError: they do not divide.
   """
-  if fsdp < 1 or jax.device_count() % fsdp:
-    raise UserError(f"config.train.fsdp: {fsdp} does not divide {jax.device_count()} devices")
-  return jax.make_mesh((jax.device_count() // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+  shape = mesh_shape(len(devices or jax.devices()), fsdp, tensor)
+  if jax.local_device_count() % tensor:
+    raise UserError(f"config.train.tensor: {tensor} does not divide the {jax.local_device_count()} devices of a host")
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_tensor(tensor: int, models: dict[str, ModelConfig], flag: str = "config.train.tensor") -> None:
+  """Raises UserError, naming `flag`, where one of the models, by their names, cannot be split over so many devices."""
+  for name, model in models.items():
+    if model.heads % tensor or model.ffn_dim % tensor:
+      raise UserError(f"{flag}: {tensor} does not divide {name}'s {model.heads} heads and ffn_dim {model.ffn_dim}")
 
 
 def shardings(mesh: Mesh, tree):
-  """Where the training state lies: an array is split along its longest axis that "fsdp" divides, vectors not at all."""
+  """Where the training state lies: an array is split along "tensor" as `axes.RULES` say, and along "fsdp" at the longest other
+  axis that it divides; vectors not at all.
+  """
   parts = mesh.shape["fsdp"]
 
-  def of(x):
-    spec = [None] * x.ndim
-    fit = [i for i in range(x.ndim) if x.ndim > 1 and x.shape[i] % parts == 0]
+  def of(name, x):
+    spec = [axis if mesh.shape["tensor"] > 1 else None for axis in rule(name)]
+    spec += [None] * (x.ndim - len(spec))
+    fit = [i for i in range(x.ndim) if x.ndim > 1 and spec[i] is None and x.shape[i] % parts == 0]
     if fit and parts > 1:
       spec[max(fit, key=lambda i: x.shape[i])] = "fsdp"
     return NamedSharding(mesh, PartitionSpec(*spec))
 
-  return jax.tree.map(of, tree)
+  return jax.tree.unflatten(jax.tree.structure(tree), [of(name, x) for name, x in named(tree).items()])
 
 
 def whole(mesh: Mesh, tree):

@@ -80,6 +80,7 @@ class TrainConfig:
     betas: of Adam. patience: after so many steps in a row without a finite gradient, which change nothing, a run stops.
     threads: of the loader. workers: processes of the loader; 0 uses threads alone.
     fsdp: devices over which the weights, their average and the optimiser's state are split.
+    tensor: devices, of one host, that work on the same clips: heads, their memory and the feed-forward are split over them.
   """
 
   steps: int
@@ -109,6 +110,7 @@ class TrainConfig:
   threads: int = 4
   workers: int = 0
   fsdp: int = 1
+  tensor: int = 1
 
   def __post_init__(self):
     if self.steps < 1:

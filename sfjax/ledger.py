@@ -21,7 +21,7 @@ from sfjax import checkpoint, rollout
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_config_dict, to_dataclass
 from sfjax.data.digits import chunk_of_frame
 from sfjax.errors import Parser, UserError, command
-from sfjax.memory import KVMemory, init_memory
+from sfjax.memory import SPLIT, KVMemory, init_memory
 from sfjax.model import ModelConfig
 from sfjax.parts import Around, Parts, around
 from sfjax.routing import MemoryConfig
@@ -75,6 +75,12 @@ def abstract_memory(config: Config, batch: int) -> KVMemory:
   shape = (model.layers, rows, model.text_len, model.heads, model.head_dim)
   cross = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
   return jax.eval_shape(lambda k, v: init_memory(model, config.memory, (k, v)), cross, cross)
+
+
+def device_bytes(memory: KVMemory, tensor: int) -> int:
+  """A memory's part on each of so many devices along "tensor"."""
+  of = lambda x, spec: x.size * x.dtype.itemsize // (tensor if "tensor" in spec else 1)
+  return sum(jax.tree.leaves(jax.tree.map(of, memory, SPLIT)))
 
 
 @functools.cache
@@ -206,13 +212,15 @@ def main(argv: list[str]) -> None:
     loaded = load_config(a.config)
   config = to_dataclass(Config, apply_overrides(loaded, overrides))
   if a.training:
-    from sfjax import training_ledger  # only here: it loads what training needs
+    from sfjax import cluster, training_ledger  # only here: they load what training needs
 
     teacher, critic = training_ledger.judges(config, a.teacher, a.critic)
     told = training_ledger.predict(config, teacher, critic, a.devices)
-    each = f"{training_ledger.clips(config, a.devices)} clip(s) on each of {a.devices} device(s)"
-    print(f"{a.checkpoint or a.config}: {each}, the state split over {config.train.fsdp}\n")
-    print(f"{training_ledger.table(told)}\n\n{training_ledger.verdict(told, config)}")
+    train = config.train
+    over = cluster.told(a.devices, train.tensor) if train.tensor > 1 else f"{a.devices} device(s)"
+    each = f"{training_ledger.clips(config, a.devices)} clip(s) on each of {over}"
+    print(f"{a.checkpoint or a.config}: {each}, the state split over {train.fsdp * train.tensor}\n")
+    print(f"{training_ledger.table(told)}\n\n{training_ledger.verdict(config, teacher, critic, a.devices)}")
     if config.model.remat != "full":
       print(f"estimated for remat full; config.model.remat is {config.model.remat}, which keeps more")
     return

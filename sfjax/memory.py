@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK
@@ -58,6 +59,20 @@ class KVMemory:
   cross_v: Float[Array, "*L B M N H"]
 
 
+# How the memory of all layers is split along the mesh's axis "tensor": a device has its own heads'.
+SPLIT = KVMemory(
+  k=PartitionSpec(None, None, None, "tensor"),
+  v=PartitionSpec(None, None, None, "tensor"),
+  pooled=PartitionSpec(None, None, None, None, "tensor"),
+  score=PartitionSpec(None, None, "tensor"),
+  origin=PartitionSpec(None, None, "tensor"),
+  chunk=PartitionSpec(),
+  rng=PartitionSpec(),
+  cross_k=PartitionSpec(None, None, None, "tensor"),
+  cross_v=PartitionSpec(None, None, None, "tensor"),
+)
+
+
 class Commit(NamedTuple):
   """What a layer's clean pass hands to `commit_chunk`; k and v are None where the memory holds them already."""
 
@@ -69,16 +84,16 @@ class Commit(NamedTuple):
 
 def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Array], seed: int = 0) -> KVMemory:
   """An empty memory for the batch of prompts whose cross-attention K/V [L,B,M,N,H] are given."""
-  layers, batch = text_kv[0].shape[:2]
+  layers, batch, _, heads, dim = text_kv[0].shape
   blocks = cfg.resident_blocks(model.layout)
-  slots = jnp.zeros((layers, batch, blocks * BLOCK, model.heads, model.head_dim), jnp.dtype(model.dtype))
+  slots = jnp.zeros((layers, batch, blocks * BLOCK, heads, dim), jnp.dtype(model.dtype))
   rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"), layers)
   return KVMemory(
     k=slots,
     v=slots,
-    pooled=jnp.zeros((layers, batch, blocks, cfg.route_parts**2, model.heads, model.head_dim), jnp.bfloat16),
-    score=jnp.zeros((layers, batch, model.heads, blocks), jnp.float32),
-    origin=jnp.full((layers, batch, model.heads, blocks), -1, jnp.int32),
+    pooled=jnp.zeros((layers, batch, blocks, cfg.route_parts**2, heads, dim), jnp.bfloat16),
+    score=jnp.zeros((layers, batch, heads, blocks), jnp.float32),
+    origin=jnp.full((layers, batch, heads, blocks), -1, jnp.int32),
     chunk=jnp.zeros((layers,), jnp.int32),
     rng=jax.random.key_data(rng),
     cross_k=text_kv[0],

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sfjax.axes import mean, total
 from sfjax.rope import phase, rope_angles, rotate
 from sfjax.tiles import BlockLayout
 
@@ -134,6 +135,10 @@ class Linear(nnx.Module):
   def __call__(self, x):
     return wide(self.product(x)) + wide(self.bias[...].astype(x.dtype))
 
+  def summed(self, x):
+    """The same, where x and W's rows are split over devices as `sfjax.axes` says."""
+    return wide(total(self.product(x))) + wide(self.bias[...].astype(x.dtype))
+
 
 def layer_norm(x, eps: float):
   """Non-affine LayerNorm, wide."""
@@ -143,9 +148,9 @@ def layer_norm(x, eps: float):
 
 
 def rms_norm(x, weight, eps: float):
-  """RMSNorm over the full width, float32 inside, cast back before the weight."""
+  """RMSNorm over the full width, all heads', float32 inside, cast back before the weight."""
   y = wide(x)
-  y = (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+  y = (y * jax.lax.rsqrt(mean((y * y).mean(-1, keepdims=True)) + eps)).astype(x.dtype)
   return y * weight.astype(x.dtype)
 
 
@@ -164,7 +169,7 @@ class Attention(nnx.Module):
     self.norm_q, self.norm_k = (nnx.Param(jnp.ones((cfg.dim,), jnp.dtype(cfg.param_dtype))) for _ in range(2))
 
   def _heads(self, x):
-    return x.reshape(*x.shape[:-1], self.cfg.heads, self.cfg.head_dim)
+    return x.reshape(*x.shape[:-1], -1, self.cfg.head_dim)
 
   def _normed(self, linear: Linear, norm, x):
     """Heads of a product, normed over the whole width, wide."""
@@ -191,7 +196,7 @@ class Attention(nnx.Module):
 
   def out(self, x: Float[Array, "*B T N H"]) -> Float[Array, "*B T D"]:
     """The output projection, wide."""
-    return self.o(x.reshape(*x.shape[:-2], self.cfg.dim))
+    return self.o.summed(x.reshape(*x.shape[:-2], -1))
 
 
 class Block(nnx.Module):
@@ -243,7 +248,7 @@ class Block(nnx.Module):
     x = added(x, self.cross_attn.out(out))
 
     h = self.ffn_in.joined(modulated(x, m[3], m[4]))
-    h = self.ffn_out(jax.nn.gelu(h, approximate=True))
+    h = self.ffn_out.summed(jax.nn.gelu(h, approximate=True))
     return added(x, gated(h, m[5])), *rest
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK, top_lists
+from sfjax.axes import all_heads, own_heads, total
 from sfjax.tiles import BlockLayout
 
 IMPORTANCE = ("attention", "learned", "random")
@@ -223,7 +224,9 @@ def importance(
   if cfg.importance == "learned":
     return jnp.concatenate([old[..., : -layout.blocks], jnp.exp(head(own))], -1)
   if cfg.importance == "random":
-    return jax.random.uniform(jax.random.fold_in(rng, chunk), valid.shape)
+    b, heads, resident = valid.shape
+    key = jax.random.fold_in(rng, chunk)
+    return own_heads(lambda n: jax.random.uniform(key, (b, n, resident)), heads, 1)
   current = jnp.arange(valid.shape[-1]) >= valid.shape[-1] - layout.blocks
   s = jnp.where(valid[:, :, None], block_scores(q_pooled, k_pooled), -jnp.inf)
   new = jax.nn.softmax(s, axis=-1).sum(2)
@@ -265,7 +268,7 @@ def eviction_scores(
   if not cfg.novelty:
     return score
   if cfg.sharing == "layer":  # heads that keep the same blocks compare them as a whole
-    content, origin = content.reshape(*content.shape[:2], 1, -1), origin[:, :1]
+    content, origin = all_heads(content, 2).reshape(*content.shape[:2], 1, -1), origin[:, :1]
   return score * jnp.exp(-cfg.novelty * redundancy(layout, content, origin, size))
 
 
@@ -282,7 +285,7 @@ def select_persistent(
   """
   size = origin.shape[-1]
   if cfg.sharing == "layer":
-    score = jnp.broadcast_to(score.sum(1, keepdims=True), score.shape)
+    score = jnp.broadcast_to(total(score.sum(1, keepdims=True)), score.shape)
   score = jnp.where(origin < cfg.sink_chunks * layout.blocks, jnp.inf, score)
   best, index = jax.lax.top_k(jnp.where(origin >= 0, score, -jnp.inf), cfg.persistent)
   return jnp.sort(jnp.where(best > -jnp.inf, index, size), axis=-1).astype(jnp.int32)

@@ -20,8 +20,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int32, UInt8
 
 from sfjax import captions, cluster, distill, rollout, teacher_forcing
+from sfjax.axes import AXES, BATCH, mean_gradient, on_devices, split
 from sfjax.checkpoint import load_config
-from sfjax.cluster import AXES, BATCH
 from sfjax.codec import DigitsCodec
 from sfjax.config import Config, Stage, to_dataclass
 from sfjax.data.digits import frames_of_chunks
@@ -285,17 +285,20 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, bat
   def of_student(params, critic, teacher, text, start, index):
     of = lambda p: student_loss(config, p, critic, teacher, text, (play, judge), index, silent, exit_step, start)
     (_, (metrics, x)), grads = jax.value_and_grad(of, has_aux=True)(params)
-    return jax.lax.pmean((metrics, grads), AXES), x
+    return (jax.lax.pmean(metrics, AXES), mean_gradient(grads)), x
 
   def of_critic(critic, prompt, index, key, x):
     of = lambda c: critic_loss(config, c, prompt, clip_keys(key, index), x)
-    return jax.lax.pmean(jax.value_and_grad(of)(critic), AXES)
+    loss, grads = jax.value_and_grad(of)(critic)
+    return jax.lax.pmean(loss, AXES), mean_gradient(grads)
 
-  shared, split = PartitionSpec(), BATCH
-  own = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-  of_student = own(of_student, in_specs=(shared, shared, shared, split, split, split), out_specs=(shared, split))
+  shared = PartitionSpec()
+  student, judge_weights, teacher = split(state["params"]), split(state["critic"]), split(fixed)
+  of_student = on_devices(
+    of_student, mesh, (student, judge_weights, teacher, BATCH, BATCH, BATCH), ((shared, student), BATCH)
+  )
   (metrics, grads), x = of_student(state["params"], state["critic"], fixed, text, start, index)
-  of_critic = own(of_critic, in_specs=(shared, split, split, shared, split), out_specs=shared)
+  of_critic = on_devices(of_critic, mesh, (judge_weights, BATCH, BATCH, shared, BATCH), (shared, judge_weights))
   updates, opt = optimizer(config.train).update(grads, state["opt"], state["params"])
   params = optax.apply_updates(state["params"], updates)
   # The critic's turn comes when the student's gradient is gone: else both would be held at once.

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from sfjax import captions, cluster, rollout
-from sfjax.cluster import AXES, BATCH
+from sfjax.axes import AXES, BATCH, mean_gradient, on_devices, split
 from sfjax.codec import DigitsCodec
 from sfjax.config import Config, Stage
 from sfjax.data.digits import SIZE, DigitsConfig, frames_of_chunks
@@ -115,10 +115,10 @@ def step(
   def gradient(params, step, batches):  # of a device's own clips: kernels see whole arrays, no partitioner
     key = jax.random.fold_in(jax.random.key(config.train.seed), step)
     (_, metrics), grads = jax.value_and_grad(total, has_aux=True)(params, batches, key)
-    return jax.lax.pmean((metrics, grads), AXES)
+    return jax.lax.pmean(metrics, AXES), mean_gradient(grads)
 
-  shared, split = PartitionSpec(), BATCH
-  gradient = jax.shard_map(gradient, mesh=mesh, in_specs=(shared, shared, split), out_specs=shared, check_vma=False)
+  shared, weights = PartitionSpec(), split(state["params"])
+  gradient = on_devices(gradient, mesh, (weights, shared, BATCH), (shared, weights))
   metrics, grads = gradient(state["params"], state["step"], batches)
   updates, opt = optimizer(config.train).update(grads, state["opt"], state["params"])
   params = optax.apply_updates(state["params"], updates)

@@ -23,6 +23,7 @@ from sfjax.config import Config, Stage, to_dataclass, to_dict
 from sfjax.data.loader import make_loader
 from sfjax.errors import UserError
 from sfjax.metrics import MetricWriter
+from sfjax.model import ModelConfig
 from sfjax.parts import export_model
 from sfjax.runlog import make_folder, peak_memory, run_record, write_json_atomic
 
@@ -30,7 +31,7 @@ _DATA_SEED = 1000  # the clips of stage i come in the order of seed 1000 * train
 # What a rerun may change: how long, how often, how many workers; the rest would make it another experiment.
 _FREE = {
   f"train.{key}"
-  for key in ("steps", "log_every", "save_every", "keep_last", "keep_every", "threads", "workers", "fsdp")
+  for key in ("steps", "log_every", "save_every", "keep_last", "keep_every", "threads", "workers", "fsdp", "tensor")
 }
 
 
@@ -49,6 +50,14 @@ def task(config: Config):
   return ode if config.data.source == "ode" else teacher_forcing
 
 
+def models(config: Config) -> dict[str, ModelConfig]:
+  """What a step runs, by name. Raises UserError: no folder of the teacher or critic."""
+  if not config.distill.teacher:
+    return {"config.model": config.model}
+  judges = {"teacher": self_forcing.teacher_model(config), "critic": self_forcing.critic_model(config)}
+  return {"config.model": config.model} | {f"config.distill.{name}": model for name, model in judges.items()}
+
+
 def jitted_step(config: Config, stage: Stage, mesh: Mesh, where):
   """The task's step, (state, fixed, batches) -> (state, metrics), its state kept at the shardings `where`, in place."""
   step = functools.partial(task(config).step, config, stage, mesh)
@@ -56,8 +65,9 @@ def jitted_step(config: Config, stage: Stage, mesh: Mesh, where):
 
 
 def with_batches(config: Config) -> Config:
-  """The config with batches of 0 as large as there are devices."""
-  stages = tuple(dataclasses.replace(s, batch=s.batch or jax.device_count()) for s in config.train.stages)
+  """The config with batches of 0 as large as there are devices that have clips of their own."""
+  own = jax.device_count() // config.train.tensor
+  stages = tuple(dataclasses.replace(s, batch=s.batch or own) for s in config.train.stages)
   return dataclasses.replace(config, train=dataclasses.replace(config.train, stages=stages))
 
 
@@ -94,15 +104,17 @@ def train(config: Config, workdir: str) -> pathlib.Path:
       finite.
     KeyboardInterrupt, SystemExit: after Ctrl-C, and with code 0 after SIGTERM, with all that was done saved.
   """
+  mesh = cluster.make_mesh(config.train.fsdp, config.train.tensor)
   asked_for, config = config, with_batches(config)
   t, work = config.train, task(config)
   hosts, first_host = jax.process_count(), jax.process_index() == 0
   workdir = make_folder(workdir, "--workdir")
-  mesh = cluster.make_mesh(t.fsdp)
+  cluster.check_tensor(t.tensor, models(config))
   for stage in t.stages:
     for part in stage.parts:
-      if part.batch % jax.device_count():
-        raise UserError(f"config.train.stages: batch {part.batch} does not divide over {jax.device_count()} devices")
+      if part.batch % (mesh.size // t.tensor):
+        over = cluster.told(mesh.size, t.tensor)
+        raise UserError(f"config.train.stages: batch {part.batch} does not divide over {over}")
       work.source(config, part)
   state, fixed = work.state(config, mesh), work.fixed(config, mesh)
   where = cluster.shardings(mesh, state)

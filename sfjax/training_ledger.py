@@ -2,23 +2,25 @@
 
 What is held from step to step is exact: weights, their average, the optimisers' states and the teacher, each device's shards.
 What a step needs beside it is an estimate, for remat "full": the arrays that XLA was seen to hold at once where a step was
-compiled ahead of time (NOTES.md). A step gathers the weights whole, all of them, before it uses them, and each device finds
-a whole gradient; so these two do not shrink with more devices.
+compiled ahead of time (NOTES.md). A step gathers all weights along "fsdp" before it uses them, and each device finds the
+gradient of all that it gathered; so these two shrink along "tensor" alone.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from sfjax import cluster, rollout, self_forcing, teacher_forcing
+from sfjax.axes import AXES
 from sfjax.codec import DigitsCodec
 from sfjax.config import Config, load_config, to_dataclass
 from sfjax.data.digits import frames_of_chunks
 from sfjax.errors import UserError
-from sfjax.ledger import abstract_memory, total, tree_bytes
+from sfjax.ledger import abstract_memory, device_bytes, total
 from sfjax.model import ModelConfig
 from sfjax.parts import of_wan
 
@@ -32,17 +34,17 @@ HELD = {
   "step": "captions, known frames, counter",
 }
 ROLLOUT = {
-  "gathered": "student's weights, gathered whole",
+  "gathered": "student's weights, gathered",
   "quiet": "student's weights, as they are computed with",
   "memory": "the rollout's memory",
   "kept": "clean keys and values, as made and by layer",
 }
 GRADIENT = {
-  "gathered": "all weights, gathered whole",
+  "gathered": "all weights, gathered",
   "kept": "clean keys and values, by layer",
   "inputs": "what each layer was given",
   "layer": "one layer's backward pass",
-  "gradient": "student's gradient, whole",
+  "gradient": "student's gradient, of what was gathered",
   "zeros": "zeros, made early: the critic's gradient, skipped updates",
 }
 
@@ -73,9 +75,16 @@ def shard_bytes(mesh: AbstractMesh, tree) -> int:
 
 
 def gathered_bytes(mesh: AbstractMesh, tree) -> int:
-  """Those arrays of it whole that are split."""
-  split = lambda x, s: tree_bytes(x) * (s.shard_shape(x.shape) != x.shape)
-  return sum(jax.tree.leaves(jax.tree.map(split, tree, cluster.shardings(mesh, tree))))
+  """Those arrays of it that are split along "fsdp", as a step gathers them."""
+  alone = _of_tensor(mesh)
+  of = lambda x, s, t: math.prod(t.shard_shape(x.shape)) * x.dtype.itemsize * ("fsdp" in s.spec)
+  return sum(jax.tree.leaves(jax.tree.map(of, tree, cluster.shardings(mesh, tree), cluster.shardings(alone, tree))))
+
+
+def _of_tensor(mesh: AbstractMesh) -> AbstractMesh:
+  """The mesh without "fsdp": where a step's weights lie while it uses them."""
+  tensor = mesh.shape["tensor"]
+  return AbstractMesh((mesh.size // tensor, 1, tensor), AXES)
 
 
 def judges(config: Config, teacher: str | None = None, critic: str | None = None) -> tuple[ModelConfig, ModelConfig]:
@@ -99,25 +108,28 @@ def judges(config: Config, teacher: str | None = None, critic: str | None = None
 
 def clips(config: Config, devices: int) -> int:
   """The most clips of a step on each device. Raises UserError: a batch does not divide over the devices."""
+  tensor = config.train.tensor
   for stage in config.train.stages:
-    if stage.batch % devices:
-      raise UserError(f"config.train.stages: batch {stage.batch} does not divide over {devices} devices")
-  return max(stage.batch // devices or 1 for stage in config.train.stages)
+    if stage.batch % (devices // tensor):
+      over = cluster.told(devices, tensor)
+      raise UserError(f"config.train.stages: batch {stage.batch} does not divide over {over}")
+  return max(stage.batch // (devices // tensor) or 1 for stage in config.train.stages)
 
 
 def predict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: int) -> Prediction:
   """What a device holds, and about what a step needs there.
 
   Args:
-    teacher, critic: see `self_forcing.as_teacher`, `as_critic`. devices: over config.train.fsdp of which the state is split.
+    teacher, critic: see `self_forcing.as_teacher`, `as_critic`. devices: over config.train.fsdp of which the state is split,
+      and over config.train.tensor of which layers are.
 
   Raises:
-    UserError: the devices or the batch do not divide.
+    UserError: the devices, the batch, the heads or the feed-forward do not divide.
   """
-  model, fsdp = config.model, config.train.fsdp
-  if fsdp < 1 or devices % fsdp:
-    raise UserError(f"config.train.fsdp: {fsdp} does not divide {devices} devices")
-  mesh, batch = AbstractMesh((devices // fsdp, fsdp), cluster.AXES), clips(config, devices)
+  model, tensor = config.model, config.train.tensor
+  mesh = AbstractMesh(cluster.mesh_shape(devices, config.train.fsdp, tensor), AXES)
+  cluster.check_tensor(tensor, {"the student": model, "the teacher": teacher, "the critic": critic})
+  used, batch = _of_tensor(mesh), clips(config, devices)
   shapes = {name: self_forcing.abstract_judge(m) for name, m in (("teacher", teacher), ("critic", critic))}
   shapes["params"] = teacher_forcing.abstract_model(config)
   state = jax.eval_shape(lambda p, c: self_forcing.state_of(config, p, c), shapes["params"], shapes["critic"])
@@ -132,7 +144,7 @@ def predict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: 
 
   chunks, size = teacher.chunk_frames // model.chunk_frames, jnp.dtype(model.dtype).itemsize * batch
   tokens, slots = chunks * model.layout.tokens, chunks * model.layout.slots
-  kept = 2 * model.layers * slots * model.dim * size
+  kept = 2 * model.layers * slots * (model.dim // tensor) * size
   # A layer reads its clip's keys twice, clean and noisy, what was there before them, and P once more for each chunk.
   memory = config.memory
   blocks = memory.resident_blocks(model.layout) + 2 * chunks * model.layout.blocks
@@ -146,17 +158,17 @@ def predict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: 
     {name: held[name] for name in HELD},
     {
       "gathered": gathered["params"],
-      "quiet": tree_bytes(quiet),
-      "memory": tree_bytes(abstract_memory(config, batch)),
+      "quiet": shard_bytes(used, quiet),
+      "memory": device_bytes(abstract_memory(config, batch), tensor),
       "kept": 2 * kept,
     },
     {
       "gathered": sum(gathered.values()),
       "kept": kept,
       "inputs": model.layers * tokens * model.dim * size,
-      "layer": (4 * tokens * model.ffn_dim + 2 * keys * model.dim) * size,  # around the GELU; keys and values
-      "gradient": tree_bytes(shapes["params"]),
-      "zeros": tree_bytes(shapes["critic"]) + zeros,
+      "layer": (4 * tokens * model.ffn_dim + 2 * keys * model.dim) // tensor * size,  # around the GELU; keys and values
+      "gradient": shard_bytes(used, shapes["params"]),
+      "zeros": shard_bytes(used, shapes["critic"]) + zeros,
     },
   )
 
@@ -174,10 +186,26 @@ def table(p: Prediction) -> str:
   return "\n".join([*lines, f"| **together, about** | {p.total / 1e9:.3f} | {p.total:,} |"])
 
 
-def verdict(p: Prediction, config: Config, device: float = 80e9) -> str:
-  """Whether a step fits on a device; if not, what would help that is not written yet, each beside those before it."""
+def _of_heads(config: Config, models: list[ModelConfig], devices: int) -> Iterator[Config]:
+  """The config with larger tensor and, where there is no room beside it, a smaller fsdp, for those models."""
+  for tensor in range(config.train.tensor + 1, devices + 1):
+    batches = [s.batch % (devices // tensor) for s in config.train.stages]
+    if not any([devices % tensor, *batches, *(m.heads % tensor or m.ffn_dim % tensor for m in models)]):
+      fsdp = math.gcd(config.train.fsdp, devices // tensor)
+      yield dataclasses.replace(config, train=dataclasses.replace(config.train, tensor=tensor, fsdp=fsdp))
+
+
+def verdict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: int, device: float = 80e9) -> str:
+  """Whether a step fits on a device; if not, the split of heads that does; else what would help that is not written yet,
+  each beside those before it. See `predict`.
+  """
+  p = predict(config, teacher, critic, devices)
   if p.total <= device:
     return f"fits in {device / 1e9:.0f} GB by this estimate"
+  for split in _of_heads(config, [config.model, teacher, critic], devices):
+    if (found := predict(split, teacher, critic, devices).total) <= device:
+      flags = f"--config.train.tensor={split.train.tensor} --config.train.fsdp={split.train.fsdp}"
+      return f"does not fit in {device / 1e9:.0f} GB; {flags} takes {found / 1e9:.1f} GB"
   found = []
   for what, names, share in (
     ("weights gathered a layer at a time", ("gathered", "quiet"), config.model.layers),

@@ -13,12 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from sfjax import cluster, teacher_forcing, training
-from sfjax.checkpoint import load_arrays
-from sfjax.config import Config, load_config, to_dataclass
+from sfjax import axes, captions, cluster, routing, self_forcing, teacher_forcing, training
+from sfjax.axes import AXES
+from sfjax.checkpoint import load_arrays, named
+from sfjax.config import Config, Stage, load_config, to_dataclass
+from sfjax.data.digits import frames_of_chunks
 from sfjax.errors import UserError
-from tests.training.test_self_forcing import make, ready, teacher  # noqa: F401, a fixture
+from sfjax.routing import MemoryConfig
+from tests.memory.test_equality import random_params
+from tests.training.test_self_forcing import MODEL, STAGE, begin, make, teacher  # noqa: F401, a fixture
 
 STEPS = 3
 CHANGES = dict(steps=STEPS, log_every=1, save_every=2, warmup=1, threads=1, lr=1e-3)
@@ -34,17 +39,73 @@ assert (jax.device_count(), jax.local_device_count()) == (8, 4)
 config = to_dataclass(Config, load_config("configs/digits.py:tiny"))
 stages = (Stage(1.0, chunks=1, batch=8, dense=True),)
 train = dataclasses.replace(config.train, stages=stages, **changes)
-training.train(dataclasses.replace(config, train=train), workdir)
+model = dataclasses.replace(config.model, heads=2)
+training.train(dataclasses.replace(config, model=model, train=train), workdir)
 """
 
 
-def step_of_self_forcing(folder, fsdp=1):
-  """Metrics of a step over all devices, and norms of the student's and the critic's weights after it."""
-  config = make(folder)
-  step, *given = ready(dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=fsdp)))
-  state, metrics = step(*given)
-  norms = {part: jnp.sqrt(sum((x**2).sum() for x in jax.tree.leaves(state[part]))) for part in ("params", "critic")}
-  return {name: float(x) for name, x in (metrics | norms).items()}
+def step_on(config, stage, state, fixed, batches, devices, fsdp=1, tensor=1):
+  """Metrics of a step on so many devices, and the norm of every array of the state after it."""
+  mesh = cluster.make_mesh(fsdp, tensor, jax.devices()[:devices])
+  where = cluster.shardings(mesh, state)
+  step = training.jitted_step(config, stage, mesh, where)
+  fixed = cluster.place(fixed, cluster.shardings(mesh, fixed))
+  state, metrics = step(cluster.place(state, where), fixed, cluster.share(mesh, batches))
+  return {name: float(jnp.linalg.norm(x.astype(jnp.float32))) for name, x in named([metrics, state]).items()}
+
+
+def distilled(folder):
+  """A step of self-forcing on one device and on eight: two of clips, times two of weights, times two of heads."""
+  config, told = make(folder), ["a red 3", "a blue 7 and a green 1", "a green 2", ""]
+  batches = [(self_forcing.inputs(config, {"caption": told}), cluster.places(len(told)))]
+  what = config, STAGE, begin(config), self_forcing.fixed(config), batches
+  return step_on(*what, 1), step_on(*what, 8, 2, 2)
+
+
+def learned():
+  """The same of teacher forcing."""
+  config, stage = make(""), Stage(1.0, chunks=2, batch=4)
+  params = {"dit": random_params(MODEL, 6), "text": teacher_forcing.init_model(config)["text"]}
+  frames = np.random.default_rng(0).integers(0, 256, (4, frames_of_chunks(2), 8, 12, 3), np.uint8)
+  batches = [((frames, captions.text(config, ["a red 3", "a blue 7", "a green 2", ""])), cluster.places(4))]
+  what = config, stage, teacher_forcing.state_of(config, params), (), batches
+  return step_on(*what, 1), step_on(*what, 8, 2, 2)
+
+
+def routed():
+  """Norms of what rules over all heads decide, on one device and on four of two heads each."""
+  mesh, layout, rng = cluster.make_mesh(1, 4, jax.devices()[:4]), MODEL.layout, np.random.default_rng(0)
+  r = 3 + 2 * layout.blocks
+  score, content = rng.random((2, 8, r), np.float32), rng.normal(size=(2, r, 8, 4)).astype(np.float32)
+  origin = np.broadcast_to(np.arange(r, dtype=np.int32), (2, 8, r))
+  valid, chunk, key = np.ones((2, 8, r), bool), jnp.int32(3), jax.random.key(1)
+  found = {}
+  for name, cfg in (
+    ("layer", MemoryConfig(window=2, persistent=3, sharing="layer", novelty=4.0)),
+    ("random", MemoryConfig(window=2, persistent=3, importance="random")),
+  ):
+
+    def decide(score, content, valid, cfg=cfg):
+      best = routing.eviction_scores(cfg, layout, score, origin[:, : score.shape[1]], content)
+      kept = routing.select_persistent(cfg, layout, best, origin[:, : score.shape[1], : best.shape[-1]])
+      new = routing.importance(cfg, layout, None, content, content[:, :4], content, valid, score, chunk, key)
+      return best, kept, new
+
+    heads = PartitionSpec(None, "tensor")
+    apart = axes.on_devices(decide, mesh, (heads, PartitionSpec(None, None, "tensor"), heads), heads)
+    found[name] = [f(score, content, valid) for f in (jax.jit(decide), jax.jit(apart))]
+  weighed = lambda x: float((np.asarray(x, np.float64) * (1 + np.arange(x.size).reshape(x.shape))).sum())
+  return [{f"{name} {i}": weighed(x) for name, of in found.items() for i, x in enumerate(of[j])} for j in range(2)]
+
+
+def on_eight_devices(call: str):
+  """What a function of this module returns, called in a process of 8 devices."""
+  code = f"import json; from tests.training import test_devices; print(json.dumps(test_devices.{call}))"
+  env = os.environ | dict(JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+  env["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # eight devices may share a busy core
+  said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+  assert said.returncode == 0, said.stderr[-2000:]
+  return json.loads(said.stdout.splitlines()[-1])
 
 
 def two_hosts(workdir, **changes):
@@ -81,13 +142,13 @@ def lines(workdir):
 
 
 def test_two_hosts_of_four_devices_train_as_one_device_does(tmp_path):
-  """Two steps of 4 x 2 devices, then restored onto one for the third, against 1 x 1 from the beginning."""
+  """Two steps of 2 x 2 x 2 devices, then restored onto one for the third, against 1 x 1 x 1 from the beginning."""
   config = to_dataclass(Config, load_config("configs/digits.py:tiny"))
   stage = dataclasses.replace(config.train.stages[0], until=1.0, chunks=1, batch=8)
   train = dataclasses.replace(config.train, stages=(stage,), **CHANGES)
-  config = dataclasses.replace(config, train=train)
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, heads=2), train=train)
   one = training.train(config, tmp_path / "one")
-  on_two_hosts(tmp_path / "many", steps=2, fsdp=2)
+  on_two_hosts(tmp_path / "many", steps=2, fsdp=2, tensor=2)
   training.train(config, tmp_path / "many")
   for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "many"), strict=True):
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)  # sums of the same numbers in another order
@@ -98,17 +159,13 @@ def test_two_hosts_of_four_devices_train_as_one_device_does(tmp_path):
     np.testing.assert_allclose(x.astype(np.float32), many[name].astype(np.float32), rtol=2**-7, atol=1e-3, err_msg=name)
 
 
-def test_two_devices_distil_as_one_does(teacher):  # noqa: F811
-  code = "import json, sys; from tests.training.test_devices import step_of_self_forcing as f; "
-  code += "print(json.dumps(f(sys.argv[1], int(sys.argv[2]))))"
-  env = os.environ | dict(JAX_NUM_CPU_DEVICES="2", JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-  env["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # two devices may share a busy core
-  said = subprocess.run([sys.executable, "-c", code, teacher, "2"], env=env, capture_output=True, text=True)
-  assert said.returncode == 0, said.stderr[-2000:]
-  want = step_of_self_forcing(teacher)
-  got = json.loads(said.stdout.splitlines()[-1])
-  assert got.keys() == want.keys()
-  np.testing.assert_allclose([*got.values()], [*want.values()], rtol=1e-5)
+@pytest.mark.parametrize("task", ["routed", "learned", "distilled"])
+def test_eight_devices_train_as_one_does(task, request):
+  folder = repr(str(request.getfixturevalue("teacher"))) if task == "distilled" else ""
+  want, got = on_eight_devices(f"{task}({folder})")
+  assert got.keys() == want.keys() and len(want) == {"routed": 6, "learned": 178, "distilled": 300}[task]
+  for name, x in want.items():  # sums of the same numbers in another order
+    np.testing.assert_allclose(got[name], x, rtol=1e-5, err_msg=name)
 
 
 def test_the_death_of_a_host_ends_the_others(tmp_path):
@@ -139,10 +196,16 @@ def test_a_program_that_fails_among_hosts_is_told_as_a_death(monkeypatch):
 
 
 def test_what_is_split_and_what_is_whole():
-  mesh = jax.sharding.AbstractMesh((4, 2), cluster.AXES)
   tree = {"matrix": np.zeros((3, 8, 4)), "odd": np.zeros((3, 5)), "vector": np.zeros(8)}
-  found = {name: tuple(s.spec) for name, s in cluster.shardings(mesh, tree).items()}
-  assert found == {"matrix": (None, "fsdp", None), "odd": (None, None), "vector": (None,)}
+  tree |= {
+    "blocks": {
+      "cross_attn": {"o": {"kernel": np.zeros((3, 8, 8)), "bias": np.zeros((3, 8))}, "norm_q": np.zeros((3, 8))}
+    }
+  }
+  of = lambda *shape: [tuple(s.spec) for s in jax.tree.leaves(cluster.shardings(AbstractMesh(shape, AXES), tree))]
+  rest = [(None, "fsdp", None), (None, None), (None,)]
+  assert of(4, 2, 1) == [(None, "fsdp"), (None, "fsdp"), (None, "fsdp", None), *rest]
+  assert of(2, 2, 2) == [(None, "tensor"), (None, "fsdp"), (None, "tensor", "fsdp"), *rest]
 
 
 def test_a_step_that_does_not_fit_is_refused(monkeypatch):
@@ -160,6 +223,12 @@ def test_a_step_that_does_not_fit_is_refused(monkeypatch):
 def test_what_does_not_divide_or_is_half_told():
   with pytest.raises(UserError, match="config.train.fsdp: 3 does not divide 1 devices"):
     cluster.make_mesh(3)
+  with pytest.raises(UserError, match="config.train.tensor: 2 does not divide 1 devices"):
+    cluster.make_mesh(1, 2)
+  with pytest.raises(UserError, match="config.train.fsdp: 3 does not divide 2 groups of 4 devices"):
+    cluster.mesh_shape(8, 3, 4)
+  with pytest.raises(UserError, match="config.train.tensor: 3 does not divide config.model's 2 heads and ffn_dim 48"):
+    cluster.check_tensor(3, training.models(make("")))
   with pytest.raises(UserError, match="--coordinator None --processes 2 --process 0; want all three or none"):
     cluster.join(None, 2, 0)
   with pytest.raises(UserError, match="a process of 0 .. processes - 1"):

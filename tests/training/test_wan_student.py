@@ -104,7 +104,7 @@ import dataclasses, pickle, sys
 import jax, numpy as np
 from sfjax import cluster, self_forcing, teacher_forcing, training_ledger
 config = pickle.load(open(sys.argv[1], "rb"))
-mesh = cluster.make_mesh(4)
+mesh = cluster.make_mesh(2, 2)
 fresh = dataclasses.replace(config, train=dataclasses.replace(config.train, init=""))
 for task, config in (self_forcing, config), (teacher_forcing, fresh):
   whole, split = task.state(config), task.state(config, mesh)
@@ -125,7 +125,7 @@ assert {name: of(tree) for name, tree in held.items() if name != "step"} == {
 
 
 def test_a_state_that_is_made_in_its_shards_is_the_whole_one(config, tmp_path):
-  config = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=4))
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=2, tensor=2))
   (tmp_path / "config").write_bytes(pickle.dumps(config))
   env = os.environ | dict(JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
   line = [sys.executable, "-c", SCRIPT, str(tmp_path / "config")]

@@ -1,0 +1,87 @@
+"""The mesh's axes, and what is split along "tensor": the heads of attention, their memory, and the feed-forward's width.
+
+A program that runs on a mesh is each device's own (`jax.shard_map`): it sees a part of the batch ("data", "fsdp") and of every
+layer ("tensor"), whole arrays to it and to its kernels, and the functions below join what devices along "tensor" have. Outside
+of such a program, and where "tensor" is one device, they do nothing.
+
+A device's loss counts once on each device along "tensor", and so does its gradient: means over all of them are the true ones.
+"""
+
+import re
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from sfjax.checkpoint import named
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = AXES[:2]
+BATCH = PartitionSpec(BATCH_AXES)
+# How parameters are split along "tensor", by the end of their path; so are their averages and the optimiser's states.
+RULES = (
+  (r"_attn/[qkv]/kernel", PartitionSpec(None, None, "tensor")),
+  (r"_attn/([qkv]/bias|norm_[qk])", PartitionSpec(None, "tensor")),
+  (r"_attn/o/kernel", PartitionSpec(None, "tensor")),
+  (r"blocks/ffn_in/kernel", PartitionSpec(None, None, "tensor")),
+  (r"blocks/ffn_in/bias", PartitionSpec(None, "tensor")),
+  (r"blocks/ffn_out/kernel", PartitionSpec(None, "tensor")),
+  (r"blocks/importance_(kernel|bias)", PartitionSpec(None, "tensor")),
+)
+
+
+def rule(name: str) -> PartitionSpec:
+  """How an array of that path ("a/b") is split along "tensor"."""
+  return next((spec for pattern, spec in RULES if re.search(f"{pattern}$", name)), PartitionSpec())
+
+
+def split(tree):
+  """`rule` of every array."""
+  return jax.tree.unflatten(jax.tree.structure(tree), [rule(name) for name in named(tree)])
+
+
+def on_devices(fn: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
+  """fn as each device's own program."""
+  return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _parts() -> int:
+  """Devices along "tensor", in a program that is each device's own."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.shape["tensor"] if "tensor" in mesh.manual_axes else 1
+
+
+def splits_heads() -> bool:
+  """Whether arrays here have a device's own heads alone."""
+  return _parts() > 1
+
+
+def total(x: jax.Array) -> jax.Array:
+  """The sum of what the devices have of a sum over heads, or over the feed-forward's width."""
+  return jax.lax.psum(x, "tensor") if splits_heads() else x
+
+
+def mean(x: jax.Array) -> jax.Array:
+  """The mean of what they have."""
+  return jax.lax.pmean(x, "tensor") if splits_heads() else x
+
+
+def all_heads(x: jax.Array, axis: int) -> jax.Array:
+  """An array with the heads of all devices along that axis."""
+  return jax.lax.all_gather(x, "tensor", axis=axis, tiled=True) if splits_heads() else x
+
+
+def own_heads(fn: Callable[[int], jax.Array], heads: int, axis: int) -> jax.Array:
+  """A device's heads of fn(all heads), where it has so many along that axis."""
+  x = fn(heads * _parts())
+  return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("tensor") * heads, heads, axis) if splits_heads() else x
+
+
+def mean_gradient(grads):
+  """The gradient of the mean loss of all devices, from each device's own; where parameters are split, its part."""
+
+  def of(name, g):
+    g = jax.lax.pmean(g, BATCH_AXES if "tensor" in rule(name) else AXES)
+    return g / _parts() if "tensor" in rule(name) else g
+
+  return jax.tree.unflatten(jax.tree.structure(grads), [of(name, g) for name, g in named(grads).items()])
