@@ -9,6 +9,8 @@ pixels are on the host, after the request with the prompt's embedding in hand. F
 in the steady state: from chunk W + C / blocks of a chunk on, when the memory is full; "late" is the median of the last four
 chunks over that of the first four full ones. One video a memory, of the longest --seconds; the shorter ones are its beginning.
 
+--devices N shares the heads of every video over N devices; bytes and peaks are then the first one's, which also decodes.
+
 --streams N makes N videos together, each with its own memory and noise: frames and bytes are those of all, times those of a
 chunk of each.
 
@@ -39,7 +41,7 @@ import numpy as np
 
 from benchmarks import self_forcing_peer
 from benchmarks.realtime_report import HEADER, line, peer_line, plot
-from sfjax import ledger, rollout
+from sfjax import cluster, ledger, rollout
 from sfjax.checkpoint import named
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
 from sfjax.data.digits import first_frame
@@ -74,19 +76,20 @@ def random_weights(like, seed: int):
   return jax.tree.unflatten(jax.tree.structure(like), made)
 
 
-def random_parts(config: Config, vae: WanVAEConfig, seed: int = 0) -> Parts:
+def random_parts(config: Config, vae: WanVAEConfig, seed: int = 0, devices: int = 1) -> Parts:
   """What `load_parts` would read from a folder of such sizes; the text is 40 random rows."""
   config, vae = in_compute_dtype(config, vae)
-  model = config.model
+  model, mesh = config.model, cluster.heads_mesh(devices, config.model)
   row = jnp.arange(model.text_len)[:, None] < 40
   text = jax.random.normal(jax.random.key(seed + 2), (1, model.text_len, model.text_dim)) * row
   return wan_parts(
     config,
     Around(vae=vae),
-    dit=random_weights(rollout.abstract_params(model), seed),
+    dit=random_weights(cluster.laid_out(mesh, rollout.abstract_params(model)), seed),
     pixels=random_weights(jax.eval_shape(lambda: WanVAE(vae).init()), seed + 1),
     check=lambda captions, flag: None,
     text=lambda captions: jnp.repeat(text, len(captions), 0),
+    mesh=mesh,
   )
 
 
@@ -104,7 +107,8 @@ def fitting(parts: Parts, attention: str, chunks: int, spare: int, streams: int 
 
 def predict(parts: Parts, memory: MemoryConfig, streams: int = 1) -> dict[str, int]:
   """The ledger's rows for that memory."""
-  return ledger.predict(dataclasses.replace(parts.config, memory=memory), parts.around, streams)
+  devices = parts.mesh.size if parts.mesh else 1
+  return ledger.predict(dataclasses.replace(parts.config, memory=memory), parts.around, streams, devices)
 
 
 def measure(parts: Parts, memory: MemoryConfig, chunks: int, streams: int = 1) -> dict:
@@ -213,6 +217,7 @@ def main(argv: list[str]) -> None:
     "--clip", type=int, default=21, metavar="LATENTS", help="length of the clip decoded as a whole; 0: none"
   )
   p.add_argument("--streams", type=int, default=1, help="videos made together, each with its memory")
+  p.add_argument("--devices", type=int, default=1, help="that share the heads of every video")
   p.add_argument("--self_forcing", metavar="DIR", help="a clone of guandeh17/Self-Forcing, to time it in PyTorch")
   p.add_argument("--vae_dim", type=int, default=WanVAEConfig().dim, help=argparse.SUPPRESS)
   p.add_argument("--out", default="out/realtime")
@@ -227,7 +232,7 @@ def main(argv: list[str]) -> None:
   # Before JAX has taken the device's memory.
   peer = self_forcing_peer.run_beside(a.self_forcing) if a.self_forcing else {}
   keep_programs()
-  parts, runs, rows, decoder = random_parts(config, WanVAEConfig(dim=a.vae_dim)), [], [], {}
+  parts, runs, rows, decoder = random_parts(config, WanVAEConfig(dim=a.vae_dim), devices=a.devices), [], [], {}
 
   def save():
     measured = {"decoder": decoder, "runs": runs, "rows": rows, "self_forcing": peer}

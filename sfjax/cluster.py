@@ -94,6 +94,20 @@ def make_mesh(fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None =
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def heads_mesh(devices: int, model: ModelConfig) -> Mesh | None:
+  """This host's first devices, each to have its heads of one model to sample from; None for one device.
+
+  Raises:
+    UserError: there are fewer, or the model's heads or feed-forward do not divide.
+  """
+  here = jax.local_devices()
+  if not 1 <= devices <= len(here):
+    raise UserError(f"--devices: {devices}; this machine has {len(here)}")
+  check_tensor(devices, {"the model": model}, "--devices")
+  order = np.array(here[:devices]).reshape(1, 1, devices)  # the first one also decodes
+  return Mesh(order, AXES) if devices > 1 else None
+
+
 def check_tensor(tensor: int, models: dict[str, ModelConfig], flag: str = "config.train.tensor") -> None:
   """Raises UserError, naming `flag`, where one of the models, by their names, cannot be split over so many devices."""
   for name, model in models.items():

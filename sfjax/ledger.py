@@ -10,18 +10,21 @@ what XLA's compiled programs need meanwhile (`Stream.workspace` says it after a 
 import argparse
 import dataclasses
 import functools
+import math
 import pathlib
 import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
-from sfjax import checkpoint, rollout
+from sfjax import checkpoint, cluster, rollout
+from sfjax.axes import AXES
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_config_dict, to_dataclass
 from sfjax.data.digits import chunk_of_frame
 from sfjax.errors import Parser, UserError, command
-from sfjax.memory import SPLIT, KVMemory, init_memory
+from sfjax.memory import KVMemory, init_memory
 from sfjax.model import ModelConfig
 from sfjax.parts import Around, Parts, around
 from sfjax.routing import MemoryConfig
@@ -69,18 +72,18 @@ def memory_rows(cfg: MemoryConfig, m: KVMemory) -> dict[str, int]:
   }
 
 
-def abstract_memory(config: Config, batch: int) -> KVMemory:
-  """Shapes of the memory of so many videos; guidance doubles their rows."""
+def abstract_memory(config: Config, batch: int, devices: int = 1) -> KVMemory:
+  """Shapes of the memory of so many videos, or of each device's part of it; guidance doubles their rows."""
   model, rows = config.model, batch * (1 if config.sampler.guidance == 1 else 2)
-  shape = (model.layers, rows, model.text_len, model.heads, model.head_dim)
+  shape = (model.layers, rows, model.text_len, model.heads // devices, model.head_dim)
   cross = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
   return jax.eval_shape(lambda k, v: init_memory(model, config.memory, (k, v)), cross, cross)
 
 
-def device_bytes(memory: KVMemory, tensor: int) -> int:
-  """A memory's part on each of so many devices along "tensor"."""
-  of = lambda x, spec: x.size * x.dtype.itemsize // (tensor if "tensor" in spec else 1)
-  return sum(jax.tree.leaves(jax.tree.map(of, memory, SPLIT)))
+def shard_bytes(mesh: AbstractMesh, tree) -> int:
+  """A device's part of parameters' or a training state's shapes."""
+  of = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(jax.tree.leaves(jax.tree.map(of, tree, cluster.shardings(mesh, tree))))
 
 
 @functools.cache
@@ -106,11 +109,12 @@ def in_flight(config: Config, codec, batch: int) -> int:
   return 2 * batch * (2 * latents + pixels)
 
 
-def predict(config: Config, sizes: Around, batch: int = 1) -> dict[str, int]:
-  """What is held while videos are made, by the names of `ROWS`, and "total".
+def predict(config: Config, sizes: Around, batch: int = 1, devices: int = 1) -> dict[str, int]:
+  """What is held while videos are made, by the names of `ROWS`, and "total": of several devices, by the first one.
 
   Args:
     config, sizes: as `around` or a loaded folder's `Parts` have them. batch: videos made together.
+    devices: that have the heads between them.
   """
   stays = lambda name: name != "text" or isinstance(sizes.text, WordEncoder)  # else it is gone before sampling begins
   weights = {name: x for name, x in abstract_weights(config.model, sizes).items() if stays(name)}
@@ -119,7 +123,8 @@ def predict(config: Config, sizes: Around, batch: int = 1) -> dict[str, int]:
     state = jax.eval_shape(lambda: sizes.codec.init_decoder_state(batch, *config.model.latent_size))
   return total(
     {name: tree_bytes(x) for name, x in weights.items()}
-    | memory_rows(config.memory, abstract_memory(config, batch))
+    | {"dit": shard_bytes(AbstractMesh((1, 1, devices), AXES), weights["dit"])}
+    | memory_rows(config.memory, abstract_memory(config, batch, devices))
     | {"codec_state": tree_bytes(state), "in_flight": in_flight(config, sizes.codec, batch)}
   )
 
@@ -130,12 +135,13 @@ def predict_embedding(config: Config, sizes: Around) -> dict[str, int]:
 
 
 def measure(parts: Parts, cfg: MemoryConfig, memory: KVMemory, decoded) -> dict[str, int]:
-  """The arrays of a run by the same names, and "total"; chunks in flight are not among them.
+  """The arrays of a run by the same names, and "total", of the first device; chunks in flight are not among them.
 
   Args:
     memory, decoded: what a `Stream` holds after its last frame.
   """
-  weights = {"dit": parts.dit} | parts.others
+  first = lambda tree: jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
+  weights, memory = first({"dit": parts.dit} | parts.others), first(memory)
   rows = {name: tree_bytes(x) for name, x in weights.items()} | memory_rows(cfg, memory)
   return total(rows | {"codec_state": tree_bytes(decoded)})
 
@@ -212,7 +218,7 @@ def main(argv: list[str]) -> None:
     loaded = load_config(a.config)
   config = to_dataclass(Config, apply_overrides(loaded, overrides))
   if a.training:
-    from sfjax import cluster, training_ledger  # only here: they load what training needs
+    from sfjax import training_ledger  # only here: it loads what training needs
 
     teacher, critic = training_ledger.judges(config, a.teacher, a.critic)
     told = training_ledger.predict(config, teacher, critic, a.devices)

@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from sfjax import checkpoint, rollout, streamed, wan
+from sfjax import checkpoint, cluster, rollout, streamed, wan
 from sfjax.codec import DigitsCodec
 from sfjax.config import Config, to_dataclass, to_dict
 from sfjax.errors import UserError
@@ -60,6 +61,7 @@ class Parts:
 
   Attributes:
     config: as the folder says, with the dtypes that this machine runs it in. around: sizes of the other parts.
+    mesh: the devices that have the DiT's heads between them, see `cluster.heads_mesh`; the first has the other parts.
     dit: weights of the DiT. others: weights of the other parts that stay on the device, by the names of `Around`.
     codec: has `time` and `space`, pixels of a latent along each.
     check: (captions, flag) raises UserError at one that the text encoder does not take.
@@ -79,19 +81,20 @@ class Parts:
   encode: Callable[[UInt8[np.ndarray, "B F H W 3"]], Float[Array, "B T h w C"]]
   start: Callable[[int], Any]
   decode: Callable[[Any, Array, bool], tuple[Any, UInt8[Array, "B F H W 3"]]]
+  mesh: Mesh | None = None
 
 
-def load_parts(directory) -> Parts:
-  """Reads a model folder, or a training run's newest step.
+def load_parts(directory, devices: int = 1) -> Parts:
+  """Reads a model folder, or a training run's newest step, for so many devices.
 
   Raises:
-    UserError: absent, damaged, of another config, or without one of its parts.
+    UserError: absent, damaged, of another config, without one of its parts, or see `cluster.heads_mesh`.
   """
   config = to_dataclass(Config, checkpoint.load_config(directory), "--checkpoint: config")
   if jax.devices()[0].platform == "cpu":  # bfloat16 is emulated there
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
-  folder = pathlib.Path(directory)
-  return _wan(folder, config) if (folder / "dit").is_dir() else _digits(folder, config)
+  folder, mesh = pathlib.Path(directory), cluster.heads_mesh(devices, config.model)
+  return _wan(folder, config, mesh) if (folder / "dit").is_dir() else _digits(folder, config, mesh)
 
 
 def of_wan(model: ModelConfig) -> bool:
@@ -233,10 +236,13 @@ def around(config: Config, folder: pathlib.Path | None = None) -> tuple[Config, 
   return config, Around(vae=vae, text=dataclasses.replace(text, dtype=model.dtype, param_dtype=model.dtype))
 
 
-def _digits(folder: pathlib.Path, config: Config) -> Parts:
+def _digits(folder: pathlib.Path, config: Config, mesh: Mesh | None) -> Parts:
   config, sizes = around(config, folder)
   model, codec, encoder = config.model, sizes.codec, sizes.text
-  like = {"dit": rollout.abstract_params(model), "text": jax.eval_shape(lambda: encoder.init(0))}
+  like = {
+    "dit": cluster.laid_out(mesh, rollout.abstract_params(model)),
+    "text": jax.eval_shape(lambda: encoder.init(0)),
+  }
   params = checkpoint.load_params(folder, like)
   return Parts(
     config=config,
@@ -249,14 +255,16 @@ def _digits(folder: pathlib.Path, config: Config) -> Parts:
     encode=lambda frames: codec.encode(jnp.asarray(frames)),
     start=lambda batch: (),
     decode=jax.jit(lambda state, latents, first: (state, codec.decode(latents, first)), static_argnums=2),
+    mesh=mesh,
   )
 
 
-def _wan(folder: pathlib.Path, config: Config) -> Parts:
+def _wan(folder: pathlib.Path, config: Config, mesh: Mesh | None) -> Parts:
   config, sizes = around(config, folder)
   text = Embedder(folder, config.model.text_len, sizes.text)
-  dit, pixels = wan.load_dit(folder, config.model), wan.load_vae(folder, sizes.vae)
-  return wan_parts(config, sizes, dit, pixels, text.tokens, lambda captions: jnp.asarray(text(captions)))
+  where = mesh and cluster.shardings(mesh, rollout.abstract_params(config.model))
+  dit, pixels = wan.load_dit(folder, config.model, where), wan.load_vae(folder, sizes.vae)
+  return wan_parts(config, sizes, dit, pixels, text.tokens, lambda captions: jnp.asarray(text(captions)), mesh)
 
 
 def in_compute_dtype(config: Config, vae: WanVAEConfig) -> tuple[Config, WanVAEConfig]:
@@ -266,8 +274,8 @@ def in_compute_dtype(config: Config, vae: WanVAEConfig) -> tuple[Config, WanVAEC
   return dataclasses.replace(config, model=model), dataclasses.replace(vae, dtype=dtype, param_dtype=dtype)
 
 
-def wan_parts(config: Config, sizes: Around, dit: dict, pixels: dict, check, text) -> Parts:
-  """Parts around Wan2.1's DiT. pixels: the VAE's weights. check, text: see `Parts`."""
+def wan_parts(config: Config, sizes: Around, dit: dict, pixels: dict, check, text, mesh: Mesh | None = None) -> Parts:
+  """Parts around Wan2.1's DiT. pixels: the VAE's weights. check, text, mesh: see `Parts`."""
   codec = WanVAE(sizes.vae)
   encode = jax.jit(lambda frames: codec.encode(pixels, from_uint8(frames)))
   return Parts(
@@ -279,6 +287,7 @@ def wan_parts(config: Config, sizes: Around, dit: dict, pixels: dict, check, tex
     check=check,
     text=text,
     encode=lambda frames: encode(jnp.asarray(frames)),
+    mesh=mesh,
     **_streaming(config, codec, pixels),
   )
 

@@ -10,12 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK
 from sfjax import memory as kv
 from sfjax.attention import Replay, cached_attention, importance_loss, replayed_attention
+from sfjax.axes import on_devices, split
 from sfjax.flow import TIMESTEPS, SamplerConfig, denoise, few_step, to_x0
+from sfjax.memory import SPLIT
 from sfjax.model import DiT, ModelConfig
 from sfjax.routing import MemoryConfig, block_content
 
@@ -59,8 +62,7 @@ def start(
   model: ModelConfig, cfg: MemoryConfig, params, text: Float[Array, "B M E"], seed: int = 0, null_text=None
 ) -> kv.KVMemory:
   """An empty memory for a batch of prompts. With null_text (guidance) the batch is doubled: prompts first."""
-  rows = text if null_text is None else jnp.concatenate([text, jnp.broadcast_to(null_text, text.shape)])
-  return kv.init_memory(model, cfg, text_kv(model, params, rows), seed)
+  return kv.init_memory(model, cfg, prompt_kv(model, params, text, null_text), seed)
 
 
 def text_kv(model: ModelConfig, params, text: Float[Array, "B M E"]):
@@ -68,12 +70,17 @@ def text_kv(model: ModelConfig, params, text: Float[Array, "B M E"]):
   return _module(model, params).text_kv(text)
 
 
+def prompt_kv(model: ModelConfig, params, text: Float[Array, "B M E"], null_text=None):
+  """`text_kv` of a memory's rows: the prompts', and with null_text (guidance) behind them as many of that."""
+  rows = text if null_text is None else jnp.concatenate([text, jnp.broadcast_to(null_text, text.shape)])
+  return text_kv(model, params, rows)
+
+
 def set_prompt(
   model: ModelConfig, params, memory: kv.KVMemory, text: Float[Array, "B M E"], null_text=None
 ) -> kv.KVMemory:
   """The same memory under another prompt, from the next chunk on."""
-  rows = text if null_text is None else jnp.concatenate([text, jnp.broadcast_to(null_text, text.shape)])
-  k, v = text_kv(model, params, rows)
+  k, v = prompt_kv(model, params, text, null_text)
   return memory.replace(cross_k=k, cross_v=v)
 
 
@@ -348,28 +355,43 @@ _COMPILER = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """The rollout's three programs, jitted whole, the memory donated."""
+  """The rollout's programs, jitted whole, the memory donated; on a mesh each of its devices has its own heads.
+
+  Attributes:
+    mesh: the devices, all of them along "tensor"; None for one.
+  """
 
   model: ModelConfig
   memory: MemoryConfig
   sampler: SamplerConfig
+  mesh: Mesh | None = None
+
+  def _jit(self, fn, takes, returns, **how):
+    """takes, returns: how what the program is given, weights first, and what it returns are split on a mesh."""
+    if self.mesh is None:
+      return jax.jit(fn, **how)
+    own = on_devices(fn, self.mesh, (split(abstract_params(self.model)), *takes), returns)
+    return jax.jit(own, out_shardings=jax.tree.map(lambda s: NamedSharding(self.mesh, s), returns), **how)
 
   @functools.cached_property
   def chunk(self):
     """(params, memory, key, sample, known, known_frames) -> (latents, memory)."""
     chunk = functools.partial(rollout_chunk, self.model, self.memory, self.sampler, in_place=True)
-    return jax.jit(chunk, donate_argnums=1, compiler_options=_COMPILER)
+    takes = SPLIT, *[PartitionSpec()] * 4
+    return self._jit(chunk, takes, (PartitionSpec(), SPLIT), donate_argnums=1, compiler_options=_COMPILER)
 
   @functools.cached_property
   def append(self):
     """(params, memory, x0) -> memory."""
-    return jax.jit(
-      functools.partial(append_chunk, self.model, self.memory, in_place=True),
-      donate_argnums=1,
-      compiler_options=_COMPILER,
-    )
+    append = functools.partial(append_chunk, self.model, self.memory, in_place=True)
+    return self._jit(append, (SPLIT, PartitionSpec()), SPLIT, donate_argnums=1, compiler_options=_COMPILER)
 
   @functools.cached_property
   def start(self):
     """(params, text, seed, null_text) -> memory."""
-    return jax.jit(functools.partial(start, self.model, self.memory))
+    return self._jit(functools.partial(start, self.model, self.memory), [PartitionSpec()] * 3, SPLIT)
+
+  @functools.cached_property
+  def prompt(self):
+    """(params, text, null_text) -> `prompt_kv`."""
+    return self._jit(functools.partial(prompt_kv, self.model), [PartitionSpec()] * 2, (SPLIT.cross_k, SPLIT.cross_v))

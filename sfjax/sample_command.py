@@ -37,6 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   p.add_argument("--video", help="a video to continue; it opens the result")
   p.add_argument("--save_state", help="file for the state, to go on later; ends with a whole chunk")
   p.add_argument("--continue_state", help="file written by --save_state")
+  p.add_argument("--devices", type=int, default=1, help="of this machine, to share every video's heads: for speed")
   p.add_argument("--device", choices=("cpu", "gpu"), help="default: a GPU if there is one")
   a = p.parse_args(argv)
   if not 0 < a.seconds <= 24 * 3600:
@@ -97,7 +98,7 @@ def run(argv: list[str]) -> None:
 
   began = time.perf_counter()
   keep_programs()
-  sampler = sampling.Sampler(a.checkpoint, a.attention, a.steps, a.guidance, a.tiny_decoder)
+  sampler = sampling.Sampler(a.checkpoint, a.attention, a.steps, a.guidance, a.tiny_decoder, a.devices)
   for flag, texts in a.texts.items():
     sampler.parts.check(texts, flag)
   sampler.text(sum(a.texts.values(), []) or a.prompts)  # together: an encoder loaded for new prompts is loaded once
@@ -157,10 +158,11 @@ def run(argv: list[str]) -> None:
   record = run_record(
     to_dict(sampler.config),
     seed=a.seed,
+    devices=a.devices,
     videos=videos,
     kv_bytes={"predicted": sampler.kv_bytes, "measured": held_bytes(memory)},
     device_bytes={
-      "predicted": ledger.predict(sampler.config, sampler.parts.around),
+      "predicted": ledger.predict(sampler.config, sampler.parts.around, devices=a.devices),
       "measured": ledger.measure(sampler.parts, sampler.config.memory, memory, stream.decoded),
       "workspace": stream.workspace(),
     },
@@ -181,6 +183,6 @@ def _load_state(path: str, like: KVMemory, codec) -> tuple[KVMemory, Any, str]:
   for name, value in checkpoint.named(wanted).items():
     if name not in arrays or arrays[name].shape != value.shape:
       raise UserError(f"--continue_state: {path} does not fit this model, --attention and --guidance ({name})")
-    found.append(jax.numpy.asarray(arrays[name].astype(value.dtype)))
+    found.append(checkpoint.placed(arrays[name].astype(value.dtype), value.sharding if value.committed else None))
   tree = jax.tree.unflatten(jax.tree.structure(wanted), found)
   return like.replace(**{name: tree[name] for name in vars(like)}), tree["codec"], str(arrays.get("prompt", ""))

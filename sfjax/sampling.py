@@ -39,13 +39,14 @@ class Sampler:
   Args:
     model: a model folder, or one that `load_parts` has read. attention: "sparse" (the trained memory), "window" or "dense".
     steps, guidance: override the config's sampler. tiny_decoder: a file, see `with_tiny_decoder`.
+    devices: of this machine, to share the heads of a folder's model; a loaded one has its own.
 
   Raises:
-    UserError: the folder is absent, damaged or of another config.
+    UserError: the folder is absent, damaged or of another config, or see `cluster.heads_mesh`.
   """
 
-  def __init__(self, model=SHIPPED, attention="sparse", steps=None, guidance=None, tiny_decoder=None):
-    self.parts = model if isinstance(model, Parts) else load_parts(model)
+  def __init__(self, model=SHIPPED, attention="sparse", steps=None, guidance=None, tiny_decoder=None, devices=1):
+    self.parts = model if isinstance(model, Parts) else load_parts(model, devices)
     if tiny_decoder:
       self.parts = with_tiny_decoder(self.parts, tiny_decoder)
     config = self.parts.config
@@ -55,7 +56,7 @@ class Sampler:
     except ValueError as e:
       raise UserError(f"--{e}") from e
     self.config = dataclasses.replace(config, memory=attention_preset(config, attention), sampler=sampler)
-    self.programs = rollout.Compiled(self.config.model, self.config.memory, sampler)
+    self.programs = rollout.Compiled(self.config.model, self.config.memory, sampler, self.parts.mesh)
     self.fps = config.data.fps
     self.size = tuple(n * self.parts.codec.space for n in config.model.latent_size)
 
@@ -92,7 +93,8 @@ class Sampler:
   def set_prompt(self, memory: KVMemory, prompts: list[str]) -> KVMemory:
     """Another prompt from the next chunk on."""
     text, null = self.text(prompts)
-    return rollout.set_prompt(self.config.model, self.parts.dit, memory, text, null)
+    k, v = self.programs.prompt(self.parts.dit, text, null)
+    return memory.replace(cross_k=k, cross_v=v)
 
   def stream(
     self,
@@ -197,6 +199,8 @@ class Stream:
       known[:, : part.shape[1]] = part
       is_known = jnp.arange(f) < part.shape[1]
       latents, self.memory = programs.chunk(dit, self.memory, self._key, self._samples, known, is_known)
+      if programs.mesh:
+        latents = latents.addressable_data(0)  # all have them; the first one decodes
       self._asked = (*before, _like(latents))
       self._firsts.add(chunk == 0)
     else:

@@ -20,7 +20,7 @@ from sfjax.codec import DigitsCodec
 from sfjax.config import Config, load_config, to_dataclass
 from sfjax.data.digits import frames_of_chunks
 from sfjax.errors import UserError
-from sfjax.ledger import abstract_memory, device_bytes, total
+from sfjax.ledger import abstract_memory, shard_bytes, total, tree_bytes
 from sfjax.model import ModelConfig
 from sfjax.parts import of_wan
 
@@ -65,13 +65,6 @@ class Prediction:
   @property
   def total(self) -> int:
     return sum(self.held.values()) + self.workspace
-
-
-def shard_bytes(mesh: AbstractMesh, tree) -> int:
-  """A device's part of a training state's shapes."""
-  where = cluster.shardings(mesh, tree)
-  of = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
-  return sum(jax.tree.leaves(jax.tree.map(of, tree, where)))
 
 
 def gathered_bytes(mesh: AbstractMesh, tree) -> int:
@@ -159,7 +152,7 @@ def predict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: 
     {
       "gathered": gathered["params"],
       "quiet": shard_bytes(used, quiet),
-      "memory": device_bytes(abstract_memory(config, batch), tensor),
+      "memory": tree_bytes(abstract_memory(config, batch, tensor)),
       "kept": 2 * kept,
     },
     {
