@@ -38,18 +38,18 @@ class Sampler:
 
   Args:
     model: a model folder, or one that `load_parts` has read. attention: "sparse" (the trained memory), "window" or "dense".
-    steps, guidance: override the config's sampler. tiny_decoder: a file, see `with_tiny_decoder`.
+    tiny_decoder: a file, see `with_tiny_decoder`. overrides: of the config's sampler, as steps=4; None leaves it as it is.
 
   Raises:
     UserError: the folder is absent, damaged or of another config.
   """
 
-  def __init__(self, model=SHIPPED, attention="sparse", steps=None, guidance=None, tiny_decoder=None):
+  def __init__(self, model=SHIPPED, attention="sparse", tiny_decoder=None, **overrides):
     self.parts = model if isinstance(model, Parts) else load_parts(model)
     if tiny_decoder:
       self.parts = with_tiny_decoder(self.parts, tiny_decoder)
     config = self.parts.config
-    changes = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
+    changes = {name: value for name, value in overrides.items() if value is not None}
     try:
       sampler = dataclasses.replace(config.sampler, **changes)
     except ValueError as e:
