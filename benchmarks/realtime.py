@@ -11,6 +11,9 @@ chunks over that of the first four full ones. One video a memory, of the longest
 
 --devices N shares the heads of every video over N devices; bytes and peaks are then the first one's, which also decodes.
 
+--routing and --commit time the sampler's options, every memory with each of them: lists found in every step or once a chunk;
+K/V kept from a clean pass, or from the last step, which is a pass less ("passes" of a run: those of a chunk).
+
 --streams N makes N videos together, each with its own memory and noise: frames and bytes are those of all, times those of a
 chunk of each.
 
@@ -30,6 +33,7 @@ import argparse
 import bisect
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import sys
@@ -46,6 +50,7 @@ from sfjax.checkpoint import named
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
 from sfjax.data.digits import first_frame
 from sfjax.errors import Parser, UserError, command
+from sfjax.flow import COMMITS, ROUTING
 from sfjax.memory import held_bytes, memory_bytes
 from sfjax.parts import Around, Parts, in_compute_dtype, wan_parts
 from sfjax.routing import MemoryConfig
@@ -163,12 +168,14 @@ def rows_of(
 ) -> tuple[dict, list[dict]]:
   """A memory's run of the longest video that fits, and a row for each of `seconds` and for that length if it is another."""
   config = parts.config
+  made = {"attention": attention, "routing": config.sampler.routing, "commit": config.sampler.commit}
   wanted = {ledger.chunks_of(config, s): s for s in sorted(seconds)}
   longest = fitting(parts, attention, max(wanted), spare, streams)
   run, rows = {}, []
   while longest and not run:
     try:
-      run = {"attention": attention} | measure(parts, memory_of(config, attention, longest), longest, streams)
+      measured = measure(parts, memory_of(config, attention, longest), longest, streams)
+      run = made | {"passes": config.sampler.passes} | measured
     except jax.errors.JaxRuntimeError as e:
       if "RESOURCE_EXHAUSTED" not in str(e):
         raise
@@ -179,7 +186,7 @@ def rows_of(
     wanted.setdefault(longest, first_frame(longest) / config.data.fps)
   for chunks, s in sorted(wanted.items()):
     memory = memory_of(config, attention, chunks)
-    row = {"attention": attention, "seconds": s, "chunks": chunks, "measured": chunks <= longest}
+    row = made | {"seconds": s, "chunks": chunks, "measured": chunks <= longest}
     row |= {"kv_bytes": streams * memory_bytes(config.model, memory)["kv"]}
     row |= {"total_bytes": predict(parts, memory, streams)["total"]}
     if row["measured"]:
@@ -212,6 +219,8 @@ def main(argv: list[str]) -> None:
   p.add_argument("--config", default="configs/wan_1_3b.py", metavar="FILE[:VARIANT]")
   choices = (*ATTENTION, "window9", "full")
   p.add_argument("--attention", nargs="+", choices=choices, default=["sparse", "window9", "dense", "full"])
+  p.add_argument("--routing", nargs="+", choices=ROUTING, help="default: the config's")
+  p.add_argument("--commit", nargs="+", choices=COMMITS, help="default: the config's")
   p.add_argument("--seconds", type=float, nargs="+", default=[5.0, 20.0, 60.0, 300.0], help="of video")
   p.add_argument(
     "--clip", type=int, default=21, metavar="LATENTS", help="length of the clip decoded as a whole; 0: none"
@@ -251,9 +260,14 @@ def main(argv: list[str]) -> None:
   for row in peer.get("rows", []):
     print(peer_line(row, config.data.fps), flush=True)
   save()
-  for attention in a.attention:
+  own = config.sampler
+  for attention, routing, commit in itertools.product(
+    a.attention, a.routing or [own.routing], a.commit or [own.commit]
+  ):
     spare = max((n for r in runs for n in r["device_bytes"]["workspace"].values()), default=0)
-    run, found = rows_of(parts, attention, a.seconds, spare, a.streams)
+    sampler = dataclasses.replace(own, routing=routing, commit=commit)
+    asked = dataclasses.replace(parts, config=dataclasses.replace(parts.config, sampler=sampler))
+    run, found = rows_of(asked, attention, a.seconds, spare, a.streams)
     runs.extend([run] if run else [])
     rows.extend(found)
     for row in found:

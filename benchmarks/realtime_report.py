@@ -24,9 +24,15 @@ def _ms(x: dict) -> str:
   return f"{x['p50'] * 1e3:.0f} / {x['p95'] * 1e3:.0f}"
 
 
+def _name(made: dict) -> str:
+  """The memory of a run or row, and the sampler's options where they are not the defaults."""
+  options = {"routing": "step", "commit": "clean"}
+  return ", ".join([made["attention"], *(f"{k} {made[k]}" for k, usual in options.items() if made[k] != usual)])
+
+
 def line(row: dict, run: dict) -> str:
   """A row of the table; run: the memory's run, of the longest video that fits."""
-  head = [row["attention"], f"{row['seconds']:.3g}"]
+  head = [_name(row), f"{row['seconds']:.3g}"]
   kv, held = _gb(row["kv_bytes"]), _gb(row["total_bytes"])
   if not row["measured"]:
     return _joined([*head, "does not fit", *[""] * 5, kv, held, ""])
@@ -61,7 +67,7 @@ def plot(runs: list[dict], peers: list[dict], fps: float, path: pathlib.Path) ->
   for i, (ax, title) in enumerate(zip(panels, ("denoiser alone", "with the VAE"), strict=True)):
     for run in runs:
       times = [t[i] * 1e3 for t in run["chunk_times_s"]]
-      ax.plot(ends(times)[1:], times[1:], label=run["attention"])
+      ax.plot(ends(times)[1:], times[1:], label=_name(run))
     ax.set(title=title, xlabel="seconds of video")
   for row in peers:
     times = [t * 1e3 for t in row["chunk_times_s"]]

@@ -36,19 +36,22 @@ from sfjax.routing import (
 
 
 def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix_k=None, keep=False):
-  """Attends from one chunk to the memory, begun for that chunk. The layer input is a `KVMemory` and the layer's index, or None.
+  """Attends from one chunk to the memory, begun for that chunk.
+
+  The layer input is a `KVMemory`, the layer's index or None, and the lists (ids, counts) to read by, or None: then this pass
+  finds its own.
 
   The memory's slots come in one of two ways. As part of the layer input, that of the layer: nothing is changed, and all is
   differentiable. Or as the carry, (k, v) of all layers, the index telling which one: the chunk is written there, in place where
-  the carry is donated, and no slot is copied; forward only. The commit pass returns a `Commit`, with k and v only where the
-  carry does not hold them already; a denoising step returns None, or with `keep` a `Read`.
+  the carry is donated, and no slot is copied; forward only. Beside it, a `Read` with `keep`, else None; and with `commit` a
+  `Commit`, with k and v only where the carry does not hold them already, else None.
 
   prefix_k: with the carry, `memory.persistent_keys` of all layers, found once for all passes of a chunk.
   """
   layout = model.layout
 
-  def attend(block, slots, given: tuple[kv.KVMemory, Int32[Array, ""] | None], h, turn):
-    m, layer = given
+  def attend(block, slots, given: tuple[kv.KVMemory, Int32[Array, ""] | None, tuple[Array, Array] | None], h, turn):
+    m, layer, lists = given
     if slots is not None:
       m = m.replace(k=slots[0], v=slots[1])
     if slots is None or cfg.route_parts > 1 or splits_heads():
@@ -59,7 +62,7 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       unfinished = block.self_attn.unfinished(h[:, 0])
       m, q, q_pooled, content = kv.write_projections(model, cfg, m, unfinished, [x[0] for x in turn], layer)
     if cfg.selects or layout.blocks > layout.full_blocks:
-      ids, counts = kv.route(model, cfg, m, q_pooled)
+      ids, counts = kv.route(model, cfg, m, q_pooled) if lists is None else lists
       prefix = cfg.persistent_count(layout, m.chunk) if cfg.persistent else 0
     else:  # all that is there, in the order in which it lies
       ids = jnp.zeros((q.shape[0], q.shape[2], layout.blocks // 2, 0), jnp.int32)
@@ -67,14 +70,14 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       prefix = jnp.minimum(m.chunk + 1, cfg.window) * layout.blocks
     keys = kv.persistent_keys(model, cfg, m) if slots is None else prefix_k
     out = pbsa(q, m.k, m.v, ids, counts, prefix_blocks=prefix, prefix_k=keys, kv_valid=layout.valid, layer=layer)
-    aux = Read(q_pooled, ids, counts) if keep else None
+    read, update = Read(q_pooled, ids, counts) if keep else None, None
     if commit:
       nb = layout.blocks
       own = jax.lax.dynamic_slice_in_dim(m.pooled, kv.ring_block(model, cfg, m.chunk), nb, 1)
       score = kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled)
-      aux = kv.Commit(*((k, v) if slots is None else (None, None)), own, score)
+      update = kv.Commit(*((k, v) if slots is None else (None, None)), own, score)
     out = layout.unpack(block.self_attn.out(out))[:, None]
-    return out, None if slots is None else (m.k, m.v), aux
+    return out, None if slots is None else (m.k, m.v), (read, update)
 
   return attend
 

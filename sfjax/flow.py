@@ -15,6 +15,8 @@ from sfjax.model import ModelConfig
 TIMESTEPS = 1000.0
 _MIN_SIGMA = 0.1  # an x0-predicting network's velocity error is its x0 error over sigma: bounded near sigma = 0
 SAMPLERS = ("euler", "few_step")
+ROUTING = ("step", "chunk")
+COMMITS = ("clean", "last")
 
 
 def shift_sigma(sigma, shift: float):
@@ -31,12 +33,17 @@ class SamplerConfig:
     steps: network evaluations per chunk, the commit pass apart.
     shift: timestep shift of the schedule.
     guidance: classifier-free guidance weight; 1 runs the conditional branch alone.
+    routing: "step", each step finds what it reads; "chunk", the first step's lists serve the chunk's later steps.
+    commit: whose K/V and scores the memory keeps of a chunk: "clean", those of a pass over its clean latents; "last", those of
+      the last step, at the noise that it saw, which saves that pass.
   """
 
   kind: str = "euler"
   steps: int = 20
   shift: float = 5.0
   guidance: float = 1.0
+  routing: str = "step"
+  commit: str = "clean"
 
   def __post_init__(self):
     for name, ok, want in (
@@ -44,9 +51,16 @@ class SamplerConfig:
       ("steps", self.steps >= 1, "at least 1"),
       ("shift", self.shift > 0, "a positive number"),
       ("guidance", self.guidance >= 0, "0 or more"),
+      ("routing", self.routing in ROUTING, f"one of {', '.join(ROUTING)}"),
+      ("commit", self.commit in COMMITS, f"one of {', '.join(COMMITS)}"),
     ):
       if not ok:
         raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
+
+  @property
+  def passes(self) -> int:
+    """Network passes that a chunk takes, its commit included."""
+    return self.steps + (self.commit == "clean")
 
   @property
   def sigmas(self) -> np.ndarray:
@@ -103,18 +117,27 @@ def few_step(model: ModelConfig, sampler: SamplerConfig, x, out, i, key: Array):
 
 
 def denoise(
-  model: ModelConfig, sampler: SamplerConfig, predict, noise, key: Array, known=None, known_frames=None, state=None
+  model: ModelConfig,
+  sampler: SamplerConfig,
+  predict,
+  noise,
+  key: Array,
+  known=None,
+  known_frames=None,
+  state=None,
+  steps: range | None = None,
 ):
   """Denoises one chunk.
 
   Args:
     predict: (x [B,F,h,w,C], sigma [B,F], state) -> (network output, guidance included; state).
-    noise: the starting noise [B,F,h,w,C]. key: a key for each row [B], for re-noising.
+    noise: the starting noise [B,F,h,w,C], or what the steps before made of it. key: a key for each row [B], for re-noising.
     known: clean latents of conditioning frames; known_frames: bool [F], which of them are given. Known frames are held at
       sigma 0 throughout. state: a pytree that goes from step to step.
+    steps: which of the sampler's to do, all by default. A lone one may return a state of another form.
 
   Returns:
-    Clean latents [B,F,h,w,C], and the state after the last step.
+    Latents [B,F,h,w,C] after those steps, clean after the sampler's last one, and the state.
   """
   sigmas = jnp.asarray(sampler.sigmas)
   frames = noise.shape[:2]
@@ -137,5 +160,9 @@ def denoise(
     x = euler(x, out, i) if sampler.kind == "euler" else few_step(model, sampler, x, out, i, key)
     return (x, state), None
 
-  (x, state), _ = jax.lax.scan(step, (noise, state), jnp.arange(sampler.steps))
+  steps = range(sampler.steps) if steps is None else steps
+  if len(steps) == 1:
+    (x, state), _ = step((noise, state), steps[0])
+  else:
+    (x, state), _ = jax.lax.scan(step, (noise, state), jnp.asarray(steps))
   return clamp(x), state

@@ -5,6 +5,7 @@ Letters: B videos, F latent frames of a chunk, h, w, C a latent frame, L layers,
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -96,12 +97,12 @@ def _first_noise(model: ModelConfig, keys: Array) -> Float[Array, "B F h w C"]:
 
 
 def _forward(
-  model, cfg, params, memory: kv.KVMemory, x, sigma, commit: bool, in_place=False, prefix_k=None, keep=False
+  model, cfg, params, memory: kv.KVMemory, x, sigma, commit: bool, in_place=False, prefix_k=None, keep=False, lists=None
 ):
-  """One pass of one chunk over the memory; x [rows,F,h,w,C]. Returns (output, memory, aux).
+  """One pass of one chunk over the memory; x [rows,F,h,w,C]. Returns (output, memory, (read, update)).
 
   in_place: the pass writes the chunk's keys and values into the memory; else the memory returns as it was.
-  prefix_k, keep: see `cached_attention`.
+  prefix_k, keep, lists, and read and update: see `cached_attention`.
   """
   layer_inputs = memory.replace(k=None, v=None) if in_place else memory
   out, slots, aux = apply(
@@ -112,7 +113,7 @@ def _forward(
     memory.chunk[:1],
     (memory.cross_k, memory.cross_v),
     cached_attention(model, cfg, commit, prefix_k, keep),
-    (layer_inputs, jnp.arange(model.layers) if in_place else None),
+    (layer_inputs, jnp.arange(model.layers) if in_place else None, lists),
     (memory.k, memory.v) if in_place else None,
   )
   return out[:, 0], memory.replace(k=slots[0], v=slots[1]) if in_place else memory, aux
@@ -127,7 +128,7 @@ def commit(
   """
   rows = memory.k.shape[1]
   x0 = jnp.concatenate([x0] * (rows // x0.shape[0]))
-  _, memory, update = _forward(model, cfg, params, memory, x0, jnp.zeros(x0.shape[:2]), True, **how)
+  _, memory, (_, update) = _forward(model, cfg, params, memory, x0, jnp.zeros(x0.shape[:2]), True, **how)
   return kv.per_layer(kv.commit_chunk, model, cfg, memory, update)
 
 
@@ -187,29 +188,50 @@ def rollout_chunk(
     known, known_frames: conditioning latents, held at timestep 0 inside the chunk.
     in_place: for sampling: no pass copies the memory. Without, the chunk is differentiable.
     beginning: what is real of the videos; such a chunk is denoised for nothing, as shapes are the same for all.
+
+  Raises:
+    ValueError: a beginning, and a sampler that commits the last step's keys and values, which would not be the real ones.
   """
+  if beginning is not None and sampler.commit != "clean":
+    raise ValueError(f"beginning: given with a sampler of commit {sampler.commit!r}; want 'clean'")
   memory, how = _begin(model, cfg, memory, in_place)
   keys = chunk_keys(key, sample, memory.chunk[0])
   noise = _first_noise(model, keys)
   guided = sampler.guidance != 1
 
-  def predict(x, sigma, memory):
+  def predict(finds, commits, x, sigma, state):
+    written, lists, _ = state
     if guided:
       x, sigma = jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma])
-    out, memory, _ = _forward(model, cfg, params, memory, x, sigma, False, **how)
+    out, written, (read, update) = _forward(
+      model, cfg, params, written or memory, x, sigma, commits, keep=finds, lists=lists, **how
+    )
     if guided:
       with_prompt, without = jnp.split(out, 2)
       out = without + sampler.guidance * (with_prompt - without)
-    return out, memory
+    return out, (written if in_place else None, (read.ids, read.counts) if finds else lists, update)
 
-  if in_place:
-    x0, memory = denoise(model, sampler, predict, noise, keys, known, known_frames, memory)
-  else:  # nothing goes from step to step but x, so nothing more is kept for the backward pass
-    once = lambda x, sigma, _: (predict(x, sigma, memory)[0], None)
-    x0, _ = denoise(model, sampler, once, noise, keys, known, known_frames)
+  # Without in_place nothing goes from step to step but x and lists, so nothing more is kept for the backward pass.
+  x0, state = noise, (memory if in_place else None, None, None)
+  for does, steps in _phases(sampler):
+    x0, state = denoise(model, sampler, functools.partial(predict, *does), x0, keys, known, known_frames, state, steps)
+  written, _, update = state
+  memory = written or memory
+  if update is not None:
+    return x0, kv.per_layer(kv.commit_chunk, model, cfg, memory, update)
   if beginning is not None:
     x0 = beginning.over(x0, memory.chunk[0])
   return x0, commit(model, cfg, params, memory, x0, **how)
+
+
+def _phases(sampler: SamplerConfig) -> list[tuple[tuple[bool, bool], range]]:
+  """Steps that do the same: (whether one finds lists for the later ones, whether it commits the chunk), and which they are."""
+  does = lambda i: (
+    sampler.routing == "chunk" and i == 0 and sampler.steps > 1,
+    sampler.commit == "last" and i == sampler.steps - 1,
+  )
+  same = [(what, list(steps)) for what, steps in itertools.groupby(range(sampler.steps), does)]
+  return [(what, range(steps[0], steps[-1] + 1)) for what, steps in same]
 
 
 def rollout(
@@ -254,6 +276,15 @@ class Looks(NamedTuple):
 CACHE_GRADIENTS = ("straight_through", "detached")
 
 
+def untrainable(sampler: SamplerConfig) -> str:
+  """What of a sampler a self-forced rollout does not do, and what it wants; "" if all is well."""
+  want = {"kind": "few_step", "guidance": 1, "routing": "step", "commit": "clean"}
+  told = lambda found: ", ".join(f"{name} {found(name)}" for name in want)
+  if all(getattr(sampler, name) == value for name, value in want.items()):
+    return ""
+  return f"{told(functools.partial(getattr, sampler))}; want {told(want.get)}"
+
+
 def self_forcing(
   model: ModelConfig,
   cfg: MemoryConfig,
@@ -281,13 +312,13 @@ def self_forcing(
   carry a gradient, as its exit step began from noise that has nothing to do with it.
 
   Args:
-    sampler: of kind "few_step", without guidance. memory: of B rows. exit_step: 0 .. sampler.steps - 1.
+    sampler: one that is not `untrainable`. memory: of B rows. exit_step: 0 .. sampler.steps - 1.
 
   Raises:
-    ValueError: another kind of sampler, guidance, or an unknown cache_gradient.
+    ValueError: another sampler, or an unknown cache_gradient.
   """
-  if sampler.kind != "few_step" or sampler.guidance != 1:
-    raise ValueError(f"sampler: kind {sampler.kind}, guidance {sampler.guidance}; want few_step and 1")
+  if wrong := untrainable(sampler):
+    raise ValueError(f"sampler: {wrong}")
   if cache_gradient not in CACHE_GRADIENTS:
     raise ValueError(f"cache_gradient: {cache_gradient!r}; want one of {', '.join(CACHE_GRADIENTS)}")
   constant = functools.partial(jax.tree.map, jax.lax.stop_gradient)
@@ -308,7 +339,7 @@ def self_forcing(
       return few_step(model, sampler, x, out, i, keys), memory
 
     x, memory = jax.lax.fori_loop(0, exit_step, quiet, (noise, memory))
-    out, memory, read = pass_over(memory, x, exit_step, keep=True)
+    out, memory, (read, _) = pass_over(memory, x, exit_step, keep=True)
     origins, first = memory.origin, kv.ring_block(model, cfg, memory.chunk[0])
     x0 = to_x0(model, out, x, jnp.full(noise.shape[:2], sigmas[exit_step]))
     if beginning is not None:

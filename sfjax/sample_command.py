@@ -13,6 +13,7 @@ import numpy as np
 from sfjax import checkpoint, ledger, sampling
 from sfjax.config import to_dict
 from sfjax.errors import Parser, UserError
+from sfjax.flow import COMMITS, ROUTING
 from sfjax.memory import KVMemory, held_bytes
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
 
@@ -27,6 +28,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   p.add_argument("--seconds", type=float, default=5.0)
   p.add_argument("--steps", type=int, help="denoising steps per chunk")
   p.add_argument("--guidance", type=float, help="classifier-free guidance weight; 1 is off")
+  p.add_argument("--routing", choices=ROUTING, help="what a query reads is found in every step, or in a chunk's first")
+  p.add_argument("--commit", choices=COMMITS, help="what is kept of a chunk: a clean pass's keys, or its last step's")
   p.add_argument("--seed", type=int, default=0)
   p.add_argument("--out", default="out", help="folder for video, contact sheet and run.json")
   p.add_argument("--attention", default="sparse", choices=sampling.ATTENTION)
@@ -98,7 +101,8 @@ def run(argv: list[str]) -> None:
 
   began = time.perf_counter()
   keep_programs()
-  sampler = sampling.Sampler(a.checkpoint, a.attention, a.steps, a.guidance, a.tiny_decoder, a.devices)
+  overrides = {name: getattr(a, name) for name in ("steps", "guidance", "routing", "commit")}
+  sampler = sampling.Sampler(a.checkpoint, a.attention, a.tiny_decoder, a.devices, **overrides)
   for flag, texts in a.texts.items():
     sampler.parts.check(texts, flag)
   sampler.text(sum(a.texts.values(), []) or a.prompts)  # together: an encoder loaded for new prompts is loaded once

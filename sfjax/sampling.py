@@ -38,19 +38,19 @@ class Sampler:
 
   Args:
     model: a model folder, or one that `load_parts` has read. attention: "sparse" (the trained memory), "window" or "dense".
-    steps, guidance: override the config's sampler. tiny_decoder: a file, see `with_tiny_decoder`.
-    devices: of this machine, to share the heads of a folder's model; a loaded one has its own.
+    tiny_decoder: a file, see `with_tiny_decoder`. devices: of this machine, to share the heads of a folder's model; a loaded
+      one has its own. overrides: of the config's sampler, as steps=4; None leaves it as it is.
 
   Raises:
     UserError: the folder is absent, damaged or of another config, or see `cluster.heads_mesh`.
   """
 
-  def __init__(self, model=SHIPPED, attention="sparse", steps=None, guidance=None, tiny_decoder=None, devices=1):
+  def __init__(self, model=SHIPPED, attention="sparse", tiny_decoder=None, devices=1, **overrides):
     self.parts = model if isinstance(model, Parts) else load_parts(model, devices)
     if tiny_decoder:
       self.parts = with_tiny_decoder(self.parts, tiny_decoder)
     config = self.parts.config
-    changes = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
+    changes = {name: value for name, value in overrides.items() if value is not None}
     try:
       sampler = dataclasses.replace(config.sampler, **changes)
     except ValueError as e:

@@ -125,9 +125,8 @@ def source(config: Config, stage: Stage) -> Source:
     raise UserError(
       f"config.train.stages: {what}; with a teacher want chunks of at least {least}, firsts 0, dense False"
     )
-  if sampler.kind != "few_step" or sampler.guidance != 1:
-    what = f"kind {sampler.kind}, guidance {sampler.guidance}"
-    raise UserError(f"config.sampler: {what}; with a teacher want few_step and guidance 1")
+  if wrong := rollout.untrainable(sampler):
+    raise UserError(f"config.sampler: {wrong}; that is what a teacher can train")
   if config.train.accumulate != 1:
     raise UserError(f"config.train.accumulate: {config.train.accumulate}; with a teacher want 1")
   if stage.known and (config.data.source != "digits" or not stage.p_memory or not 0 < stage.known < least):

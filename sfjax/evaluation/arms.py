@@ -49,7 +49,7 @@ class Arm:
 
 
 def load_arm(text: str, steps: int | None, guidance: float | None) -> Arm:
-  """NAME=DIR[,attention=...][,key=value of MemoryConfig...] as a loaded model.
+  """NAME=DIR[,attention=...][,routing=...][,commit=...][,key=value of MemoryConfig...] as a loaded model.
 
   Raises:
     UserError: not of this form, no such model, an unknown key or value.
@@ -62,8 +62,9 @@ def load_arm(text: str, steps: int | None, guidance: float | None) -> Arm:
   attention = overrides.pop("attention", "sparse")
   if attention not in sampling.ATTENTION:
     raise UserError(f"--arm {name}: attention={attention}; want one of {', '.join(sampling.ATTENTION)}")
+  own = {key: overrides.pop(key) for key in ("routing", "commit") if key in overrides}
   try:
-    sampler = sampling.Sampler(directory, attention, steps, guidance)
+    sampler = sampling.Sampler(directory, attention, steps=steps, guidance=guidance, **own)
     config = to_config_dict(sampler.config)
     apply_overrides(config, {f"memory.{key}": value for key, value in overrides.items()})
     memory = to_dataclass(Config, config).memory

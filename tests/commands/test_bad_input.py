@@ -34,6 +34,8 @@ def broken(model_folder, tmp_path):
     ("--guidance -1", "--guidance: -1; want 0 or more"),
     ("--guidance inf", "--guidance: inf"),
     ("--attention some", "--attention: invalid choice: 'some' (choose from"),
+    ("--routing never", "--routing: invalid choice: 'never' (choose from"),
+    ("--commit none", "--commit: invalid choice: 'none' (choose from"),
     ("--sparse", "unrecognized arguments: --sparse"),
     ("--image a.png --video a.mp4", "--image: not together with --video"),
     ("--image a.png --continue_state s", "--continue_state: not together with --image"),

@@ -62,11 +62,13 @@ def test_same_flags_same_bits_and_each_flag_counts(run_sample, tmp_path):
     assert (changed.frames != base).mean() > 0.05, other
 
 
-def test_attention_steps_and_guidance_flags(run_sample):
-  run = run_sample(*RED, "--seconds", 0.1, "--attention", "dense", "--guidance", 1, "--steps", 1)
+def test_attention_and_sampler_flags(run_sample):
+  flags = "--attention dense --guidance 1 --steps 1 --routing chunk --commit last".split()
+  run = run_sample(*RED, "--seconds", 0.1, *flags)
   memory, sampler = run.record["config"]["memory"], run.record["config"]["sampler"]
   assert (memory["window"], memory["persistent"], memory["top_k"]) == (7, 0, 1.0)
-  assert (sampler["steps"], sampler["guidance"]) == (1, 1.0) and len(run.frames) == 2
+  assert (sampler["steps"], sampler["guidance"]) == (1, 1.0)
+  assert (sampler["routing"], sampler["commit"]) == ("chunk", "last") and len(run.frames) == 2
   assert run.record["kv_bytes"]["measured"] == run.record["kv_bytes"]["predicted"]["kv"]
 
 

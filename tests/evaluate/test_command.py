@@ -22,7 +22,7 @@ def evaluated(argv, out, capsys):
 
 
 def test_prompts(model, tmp_path, capsys):
-  arms = ["--arm", f"sparse={model}", "--arm", f"same={model},importance=learned"]
+  arms = ["--arm", f"sparse={model}", "--arm", f"same={model},importance=learned,routing=chunk"]
   record, table = evaluated([*arms, "--seconds", "0.5", "0.6", "--videos", "3", "--batch", "2"], tmp_path, capsys)
   rows = {(r["condition"], r["row"]): r for r in record["results"]}
   assert list(rows) == [(s, row) for s in ("0.5 s", "0.6 s") for row in ("real", "sparse", "same")]
@@ -30,6 +30,9 @@ def test_prompts(model, tmp_path, capsys):
   assert rows["0.6 s", "sparse"]["metrics"] == rows["0.6 s", "same"]["metrics"]
   assert rows["0.6 s", "same"]["minus"]["accuracy, whole"]["value"] == 0
   assert rows["0.6 s", "sparse"]["metrics"]["accuracy, whole"]["videos"] == 3
+  assert (
+    record["config"]["arms"]["same"]["sampler"]["routing"] == "chunk"
+  )  # which one step does not tell from the usual
   assert record["config"]["arms"]["sparse"]["sampler"]["steps"] == 1 and record["instrument"]["accuracy"] > 0.9
   assert {p.name for p in tmp_path.glob("*.png")} >= {"0.6_s_real_2.png", "0.6_s_sparse_0.png", "0.6_s_same_1.png"}
   assert table.count("| sparse | ") == 2 and "accuracy, last second, minus sparse" in table
@@ -59,6 +62,7 @@ def test_memory_with_interventions(model, tmp_path, capsys):
     (["--arm", "nameless"], "--arm: 'nameless'; want NAME=DIR"),
     (["--arm", "a=absent"], "--arm a: --checkpoint: absent is not a folder"),
     (["--arm", "a=MODEL,attention=full"], "--arm a: attention=full; want one of sparse, window, dense"),
+    (["--arm", "a=MODEL,routing=never"], "--arm a: --routing: 'never'; want one of step, chunk"),
     (["--arm", "a=MODEL,importanse=random"], "--arm a: importanse: no such key; did you mean importance?"),
     (["--arm", "a=MODEL,top_k=2"], "top_k: 2.0; want a fraction"),
     (["--arm", "a=MODEL", "--arm", "a=MODEL"], "--arm: the names a, a must differ"),

@@ -320,6 +320,8 @@ def test_a_real_beginning_is_what_the_memory_gets(student, memory):
   [
     (SamplerConfig("euler", steps=3), "detached", "sampler: kind euler"),
     (dataclasses.replace(FEW, guidance=2.0), "detached", "guidance 2.0"),
+    (dataclasses.replace(FEW, routing="chunk"), "detached", "routing chunk, .*; want .* routing step"),
+    (dataclasses.replace(FEW, commit="last"), "detached", "commit last; want .* commit clean"),
     (FEW, "none", "cache_gradient: 'none'; want one of straight_through, detached"),
   ],
 )

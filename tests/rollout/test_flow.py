@@ -102,7 +102,16 @@ def test_conversions_agree(name, drawn):
 
 
 @pytest.mark.parametrize(
-  ("field", "value"), [("kind", "heun"), ("steps", 0), ("shift", 0.0), ("guidance", -1.0), ("guidance", float("nan"))]
+  ("field", "value"),
+  [
+    ("kind", "heun"),
+    ("steps", 0),
+    ("shift", 0.0),
+    ("guidance", -1.0),
+    ("guidance", float("nan")),
+    ("routing", "never"),
+    ("commit", "none"),
+  ],
 )
 def test_a_bad_sampler_is_refused(field, value):
   with pytest.raises(ValueError, match=f"^{field}: "):

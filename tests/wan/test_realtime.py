@@ -28,6 +28,7 @@ def test_a_row_for_every_attention_and_length(tmp_path, capsys):
   record = json.loads((tmp_path / "realtime.json").read_text())
   runs = {r["attention"]: r for r in record["runs"]}
   rows = {(r["attention"], r["seconds"]): r for r in record["rows"]}
+  assert {r["passes"] for r in record["runs"]} == {2}  # a step and the commit
   assert list(runs) == ["sparse", "full"] and list(rows) == [(a, s) for a in runs for s in (1, 3)]
   for (attention, seconds), row in rows.items():
     run = runs[attention]
@@ -55,14 +56,15 @@ def test_a_row_for_every_attention_and_length(tmp_path, capsys):
   assert Image.open(tmp_path / "realtime.png").size == (1500, 600)
 
 
-def test_streams_are_made_together(tmp_path):
+def test_streams_are_made_together_with_the_samplers_options(tmp_path, capsys):
   flags = [f"--config.model.{x}" for x in TINY]
-  flags += ["--config.memory.window=2", "--config.memory.persistent=4", "--config.sampler.steps=1"]
-  realtime.main(
-    [*flags, *"--vae_dim 8 --clip 0 --attention sparse --seconds 2 --streams 2 --out".split(), str(tmp_path)]
-  )
+  flags += ["--config.memory.window=2", "--config.memory.persistent=4", "--config.sampler.steps=2"]
+  flags += "--vae_dim 8 --clip 0 --attention sparse --routing chunk --commit last --seconds 2 --streams 2 --out".split()
+  realtime.main([*flags, str(tmp_path)])
   record = json.loads((tmp_path / "realtime.json").read_text())
   (run,), (row,) = record["runs"], record["rows"]
+  assert (run["routing"], run["commit"], run["passes"]) == ("chunk", "last", 2)
+  assert "| sparse, routing chunk, commit last | 2 |" in capsys.readouterr().out
   steady = np.median(np.array(run["chunk_times_s"])[1 if row["chunks"] <= 3 else 3 :], 0)
   np.testing.assert_allclose([row["fps_denoiser"], row["fps_end_to_end"]], 2 * 12 / steady)
   assert run["kv_bytes"]["predicted"] == run["kv_bytes"]["measured"] == row["kv_bytes"]
