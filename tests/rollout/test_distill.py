@@ -203,11 +203,11 @@ def unrolled(params, text, exit_step, cache_gradient, memory_config, frozen=None
         x = few_step(STUDENT, FEW, x, step(x, i)[0], i, keys)
     else:
       x = frozen[t]["x"]
-    x0, _, own = step(x, exit_step)  # it predicts x0
+    x0, _, (_, own) = step(x, exit_step)  # it predicts x0
     if t < len(real):
       x0 = real[t]
     if frozen is None:
-      clean = step(x0, -1)[2]
+      _, clean = step(x0, -1)[2]
       made.append({"x": x, "own": own, "clean": clean})
     else:
       clean, was = frozen[t]["clean"], frozen[t]["own"]
