@@ -3,6 +3,7 @@
 import pathlib
 
 from sfjax.data.digits import first_frame
+from sfjax.flow import SamplerConfig
 from sfjax.runlog import replacing
 
 _COLUMNS = (
@@ -26,8 +27,8 @@ def _ms(x: dict) -> str:
 
 def _name(made: dict) -> str:
   """The memory of a run or row, and the sampler's options where they are not the defaults."""
-  options = {"routing": "step", "commit": "clean"}
-  return ", ".join([made["attention"], *(f"{k} {made[k]}" for k, usual in options.items() if made[k] != usual)])
+  changed = [name for name in ("routing", "commit") if made[name] != getattr(SamplerConfig(), name)]
+  return ", ".join([made["attention"], *(f"{name} {made[name]}" for name in changed)])
 
 
 def line(row: dict, run: dict) -> str:

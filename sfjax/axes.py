@@ -35,9 +35,14 @@ def rule(name: str) -> PartitionSpec:
   return next((spec for pattern, spec in RULES if re.search(f"{pattern}$", name)), PartitionSpec())
 
 
+def by_name(fn: Callable, tree):
+  """fn(path, array) of every array."""
+  return jax.tree.unflatten(jax.tree.structure(tree), [fn(name, x) for name, x in named(tree).items()])
+
+
 def split(tree):
   """`rule` of every array."""
-  return jax.tree.unflatten(jax.tree.structure(tree), [rule(name) for name in named(tree)])
+  return by_name(lambda name, _: rule(name), tree)
 
 
 def on_devices(fn: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
@@ -81,7 +86,6 @@ def mean_gradient(grads):
   """The gradient of the mean loss of all devices, from each device's own; where parameters are split, its part."""
 
   def of(name, g):
-    g = jax.lax.pmean(g, BATCH_AXES if "tensor" in rule(name) else AXES)
-    return g / _parts() if "tensor" in rule(name) else g
+    return jax.lax.pmean(g, BATCH_AXES) / _parts() if "tensor" in rule(name) else jax.lax.pmean(g, AXES)
 
-  return jax.tree.unflatten(jax.tree.structure(grads), [of(name, g) for name, g in named(grads).items()])
+  return by_name(of, grads)

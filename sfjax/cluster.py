@@ -13,8 +13,8 @@ import numpy as np
 from jax.extend.core import Literal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sfjax.axes import AXES, BATCH, rule
-from sfjax.checkpoint import named, placed
+from sfjax.axes import AXES, BATCH, by_name, rule
+from sfjax.checkpoint import placed
 from sfjax.errors import UserError
 from sfjax.model import ModelConfig
 
@@ -108,10 +108,15 @@ def heads_mesh(devices: int, model: ModelConfig) -> Mesh | None:
   return Mesh(order, AXES) if devices > 1 else None
 
 
+def splits(model: ModelConfig, tensor: int) -> bool:
+  """Whether a model's layers can be split over so many devices."""
+  return not model.heads % tensor and not model.ffn_dim % tensor
+
+
 def check_tensor(tensor: int, models: dict[str, ModelConfig], flag: str = "config.train.tensor") -> None:
   """Raises UserError, naming `flag`, where one of the models, by their names, cannot be split over so many devices."""
   for name, model in models.items():
-    if model.heads % tensor or model.ffn_dim % tensor:
+    if not splits(model, tensor):
       raise UserError(f"{flag}: {tensor} does not divide {name}'s {model.heads} heads and ffn_dim {model.ffn_dim}")
 
 
@@ -129,7 +134,7 @@ def shardings(mesh: Mesh, tree):
       spec[max(fit, key=lambda i: x.shape[i])] = "fsdp"
     return NamedSharding(mesh, PartitionSpec(*spec))
 
-  return jax.tree.unflatten(jax.tree.structure(tree), [of(name, x) for name, x in named(tree).items()])
+  return by_name(of, tree)
 
 
 def whole(mesh: Mesh, tree):

@@ -226,7 +226,7 @@ def main(argv: list[str]) -> None:
     over = cluster.told(a.devices, train.tensor) if train.tensor > 1 else f"{a.devices} device(s)"
     each = f"{training_ledger.clips(config, a.devices)} clip(s) on each of {over}"
     print(f"{a.checkpoint or a.config}: {each}, the state split over {train.fsdp * train.tensor}\n")
-    print(f"{training_ledger.table(told)}\n\n{training_ledger.verdict(config, teacher, critic, a.devices)}")
+    print(f"{training_ledger.table(told)}\n\n{training_ledger.verdict(told, config, teacher, critic, a.devices)}")
     if config.model.remat != "full":
       print(f"estimated for remat full; config.model.remat is {config.model.remat}, which keeps more")
     return

@@ -113,6 +113,11 @@ def wide(x):
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def as_used(param: nnx.Param, dtype):
+  """A parameter as it is computed with in that dtype, wide."""
+  return wide(param[...].astype(dtype))
+
+
 class Linear(nnx.Module):
   """y = x W + b: the product in x's dtype, its sum with b wide.
 
@@ -132,12 +137,15 @@ class Linear(nnx.Module):
     """y in x's dtype, for a GELU to follow: all in one product's epilogue on a GPU."""
     return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
+  def _finished(self, product):
+    return wide(product) + as_used(self.bias, product.dtype)
+
   def __call__(self, x):
-    return wide(self.product(x)) + wide(self.bias[...].astype(x.dtype))
+    return self._finished(self.product(x))
 
   def summed(self, x):
     """The same, where x and W's rows are split over devices as `sfjax.axes` says."""
-    return wide(total(self.product(x))) + wide(self.bias[...].astype(x.dtype))
+    return self._finished(total(self.product(x)))
 
 
 def layer_norm(x, eps: float):
@@ -145,6 +153,12 @@ def layer_norm(x, eps: float):
   y = wide(x)
   y = y - y.mean(-1, keepdims=True)
   return y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+
+
+def modulated(layout: BlockLayout, x, shift, scale, eps: float):
+  """LayerNorm, then every frame's own scale and shift, wide as `frame_values` gives them; x's dtype returns."""
+  y = layer_norm(x, eps)
+  return (layout.per_frame(y) * (1 + scale) + shift).reshape(y.shape).astype(x.dtype)
 
 
 def rms_norm(x, weight, eps: float):
@@ -225,12 +239,7 @@ class Block(nnx.Module):
   def __call__(self, x, e0, turn, text_kv, attend):
     """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv (k, v) [B,M,N,H]; attend(block, x, turn) -> (x, ...)."""
     cfg, layout = self.cfg, self.cfg.layout
-    given = lambda p: wide(p[...].astype(x.dtype))
-    m = [layout.frame_values(a) for a in jnp.moveaxis(given(self.modulation) + e0, -2, 0)]
-
-    def modulated(x, shift, scale):
-      y = layer_norm(x, cfg.eps)
-      return (layout.per_frame(y) * (1 + scale) + shift).reshape(y.shape).astype(x.dtype)
+    m = [layout.frame_values(a) for a in jnp.moveaxis(as_used(self.modulation, x.dtype) + e0, -2, 0)]
 
     def gated(y, gate):
       return (layout.per_frame(y) * gate).reshape(y.shape)
@@ -238,16 +247,16 @@ class Block(nnx.Module):
     def added(x, y):
       return (wide(x) + y).astype(x.dtype)
 
-    out, *rest = attend(self, modulated(x, m[0], m[1]), turn)
+    out, *rest = attend(self, modulated(layout, x, m[0], m[1], cfg.eps), turn)
     x = jax.lax.optimization_barrier(added(x, gated(out, m[2])))  # or XLA would write it wide, for its three readers
 
-    h = layer_norm(x, cfg.eps) * given(self.norm3_scale) + given(self.norm3_bias)
+    h = layer_norm(x, cfg.eps) * as_used(self.norm3_scale, x.dtype) + as_used(self.norm3_bias, x.dtype)
     q = self.cross_attn.query(h.astype(x.dtype))
     flat = q.reshape(q.shape[0], -1, *q.shape[-2:])
     out = dense_attention(flat, *text_kv).reshape(q.shape)
     x = added(x, self.cross_attn.out(out))
 
-    h = self.ffn_in.joined(modulated(x, m[3], m[4]))
+    h = self.ffn_in.joined(modulated(layout, x, m[3], m[4], cfg.eps))
     h = self.ffn_out.summed(jax.nn.gelu(h, approximate=True))
     return added(x, gated(h, m[5])), *rest
 
@@ -335,12 +344,10 @@ class DiT(nnx.Module):
     (h, carry), aux = jax.lax.scan(_remat(layer, cfg.remat), (h, carry), (stacked, text_kv, layer_inputs))
 
     shift, scale = (
-      layout.frame_values(a)
-      for a in jnp.moveaxis(wide(self.head_modulation[...].astype(dtype)) + e[..., None, :], -2, 0)
+      layout.frame_values(a) for a in jnp.moveaxis(as_used(self.head_modulation, dtype) + e[..., None, :], -2, 0)
     )
-    y = layer_norm(h, cfg.eps)
-    y = (layout.per_frame(y) * (1 + scale) + shift).reshape(y.shape).astype(dtype)
-    out = unpatchify(layout.from_tiles(self.head(y)), cfg.patch, x.shape)
+    h = self.head(modulated(layout, h, shift, scale, cfg.eps))
+    out = unpatchify(layout.from_tiles(h), cfg.patch, x.shape)
     return out, carry, aux
 
 

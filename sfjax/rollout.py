@@ -19,7 +19,6 @@ from sfjax import memory as kv
 from sfjax.attention import Replay, cached_attention, importance_loss, replayed_attention
 from sfjax.axes import on_devices, split
 from sfjax.flow import TIMESTEPS, SamplerConfig, denoise, few_step, to_x0
-from sfjax.memory import SPLIT
 from sfjax.model import DiT, ModelConfig
 from sfjax.routing import MemoryConfig, block_content
 
@@ -75,14 +74,6 @@ def prompt_kv(model: ModelConfig, params, text: Float[Array, "B M E"], null_text
   """`text_kv` of a memory's rows: the prompts', and with null_text (guidance) behind them as many of that."""
   rows = text if null_text is None else jnp.concatenate([text, jnp.broadcast_to(null_text, text.shape)])
   return text_kv(model, params, rows)
-
-
-def set_prompt(
-  model: ModelConfig, params, memory: kv.KVMemory, text: Float[Array, "B M E"], null_text=None
-) -> kv.KVMemory:
-  """The same memory under another prompt, from the next chunk on."""
-  k, v = prompt_kv(model, params, text, null_text)
-  return memory.replace(cross_k=k, cross_v=v)
 
 
 def chunk_keys(key: Array, sample: Int32[Array, "B"], chunk: Int32[Array, ""]) -> Array:
@@ -408,21 +399,23 @@ class Compiled:
   def chunk(self):
     """(params, memory, key, sample, known, known_frames) -> (latents, memory)."""
     chunk = functools.partial(rollout_chunk, self.model, self.memory, self.sampler, in_place=True)
-    takes = SPLIT, *[PartitionSpec()] * 4
-    return self._jit(chunk, takes, (PartitionSpec(), SPLIT), donate_argnums=1, compiler_options=_COMPILER)
+    takes = kv.SPLIT, *[PartitionSpec()] * 4
+    return self._jit(chunk, takes, (PartitionSpec(), kv.SPLIT), donate_argnums=1, compiler_options=_COMPILER)
 
   @functools.cached_property
   def append(self):
     """(params, memory, x0) -> memory."""
     append = functools.partial(append_chunk, self.model, self.memory, in_place=True)
-    return self._jit(append, (SPLIT, PartitionSpec()), SPLIT, donate_argnums=1, compiler_options=_COMPILER)
+    return self._jit(append, (kv.SPLIT, PartitionSpec()), kv.SPLIT, donate_argnums=1, compiler_options=_COMPILER)
 
   @functools.cached_property
   def start(self):
     """(params, text, seed, null_text) -> memory."""
-    return self._jit(functools.partial(start, self.model, self.memory), [PartitionSpec()] * 3, SPLIT)
+    return self._jit(functools.partial(start, self.model, self.memory), [PartitionSpec()] * 3, kv.SPLIT)
 
   @functools.cached_property
   def prompt(self):
     """(params, text, null_text) -> `prompt_kv`."""
-    return self._jit(functools.partial(prompt_kv, self.model), [PartitionSpec()] * 2, (SPLIT.cross_k, SPLIT.cross_v))
+    return self._jit(
+      functools.partial(prompt_kv, self.model), [PartitionSpec()] * 2, (kv.SPLIT.cross_k, kv.SPLIT.cross_v)
+    )

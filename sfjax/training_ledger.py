@@ -183,16 +183,17 @@ def _of_heads(config: Config, models: list[ModelConfig], devices: int) -> Iterat
   """The config with larger tensor and, where there is no room beside it, a smaller fsdp, for those models."""
   for tensor in range(config.train.tensor + 1, devices + 1):
     batches = [s.batch % (devices // tensor) for s in config.train.stages]
-    if not any([devices % tensor, *batches, *(m.heads % tensor or m.ffn_dim % tensor for m in models)]):
+    if not any([devices % tensor, *batches]) and all(cluster.splits(m, tensor) for m in models):
       fsdp = math.gcd(config.train.fsdp, devices // tensor)
       yield dataclasses.replace(config, train=dataclasses.replace(config.train, tensor=tensor, fsdp=fsdp))
 
 
-def verdict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: int, device: float = 80e9) -> str:
+def verdict(
+  p: Prediction, config: Config, teacher: ModelConfig, critic: ModelConfig, devices: int, device: float = 80e9
+) -> str:
   """Whether a step fits on a device; if not, the split of heads that does; else what would help that is not written yet,
-  each beside those before it. See `predict`.
+  each beside those before it. p: `predict` of the rest.
   """
-  p = predict(config, teacher, critic, devices)
   if p.total <= device:
     return f"fits in {device / 1e9:.0f} GB by this estimate"
   for split in _of_heads(config, [config.model, teacher, critic], devices):

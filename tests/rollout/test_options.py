@@ -12,32 +12,18 @@ from pallas_kernels.pbsa import BLOCK
 from sfjax import attention, rollout
 from sfjax import memory as kv
 from sfjax.flow import SamplerConfig, few_step, to_x0
-from sfjax.routing import MemoryConfig, pool_keys
-from tests.memory.test_equality import random_params, tiny
+from sfjax.routing import pool_keys
+from tests.rollout.toy import FAR, KEY, MEMORY, MODEL, distance
 
-MODEL = tiny(latent_size=(4, 6), tile=(1, 2, 3), layers=2, prediction="x0")
-MEMORY = MemoryConfig(window=2, persistent=3, top_k=0.4, rope_cap=6)
 STEPS, CHUNKS = 3, 3
-KEY = jax.random.key(7)
-FAR = 1e-2  # a thousand times what rounding does
 
 
 def few(**options):
   return SamplerConfig("few_step", steps=STEPS, **options)
 
 
-@pytest.fixture(scope="module")
-def params():
-  return random_params(MODEL, 1)
-
-
-@pytest.fixture(scope="module")
-def text():
-  return jnp.asarray(np.random.default_rng(2).normal(size=(2, MODEL.text_len, MODEL.text_dim)), jnp.float32)
-
-
 def start(params, text, cfg=MEMORY, null=None):
-  return rollout.start(MODEL, cfg, params, text, null_text=null)
+  return rollout.start(MODEL, cfg, params, text[:2], null_text=null)
 
 
 def play(sampler, params, memory, cfg=MEMORY, in_place=True):
@@ -50,11 +36,6 @@ def play(sampler, params, memory, cfg=MEMORY, in_place=True):
     x, memory = chunk(memory)
     made.append(x)
   return np.stack(made), memory
-
-
-def distance(a, b):
-  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-  return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 @pytest.fixture(scope="module")

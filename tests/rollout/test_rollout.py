@@ -11,23 +11,9 @@ from sfjax import memory as kv
 from sfjax import rollout
 from sfjax.flow import SamplerConfig
 from sfjax.routing import MemoryConfig, pool_keys
-from tests.memory.test_equality import random_params, tiny
+from tests.rollout.toy import FAR, KEY, MEMORY, MODEL, distance
 
-MODEL = tiny(latent_size=(4, 6), tile=(1, 2, 3), layers=2, prediction="x0")
-MEMORY = MemoryConfig(window=2, persistent=3, top_k=0.4, rope_cap=6)
 FEW = SamplerConfig("few_step", steps=2)
-KEY = jax.random.key(7)
-FAR = 1e-2  # a thousand times what rounding does
-
-
-@pytest.fixture(scope="module")
-def params():
-  return random_params(MODEL, 1)
-
-
-@pytest.fixture(scope="module")
-def text():
-  return jnp.asarray(np.random.default_rng(2).normal(size=(3, MODEL.text_len, MODEL.text_dim)), jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +37,6 @@ def play(programs, params, memory, key, samples, chunks):
 
 def snapshot(memory):
   return jax.tree.map(jnp.copy, memory)
-
-
-def distance(a, b):
-  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-  return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 def test_a_snapshot_forks_and_rolls_back(programs, params, text):
@@ -140,8 +121,8 @@ def test_one_scan_equals_chunk_by_chunk(programs, params, text):
 
 def test_another_prompt_from_the_next_chunk_on(programs, params, text):
   _, memory = play(programs, params, programs.start(params, text[:2], 0, None), KEY, [0, 1], 1)
-  changed = rollout.set_prompt(MODEL, params, snapshot(memory), text[1:])
-  same = rollout.set_prompt(MODEL, params, snapshot(memory), text[:2])
+  prompts = [programs.prompt(params, rows, None) for rows in (text[1:], text[:2])]
+  changed, same = (snapshot(memory).replace(cross_k=k, cross_v=v) for k, v in prompts)
   np.testing.assert_array_equal(changed.k, memory.k)
   kept, changed, same = (play(programs, params, m, KEY, [0, 1], 1)[0] for m in (memory, changed, same))
   assert distance(changed, kept) > FAR and distance(same, kept) <= 1e-5

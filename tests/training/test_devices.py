@@ -23,7 +23,7 @@ from sfjax.data.digits import frames_of_chunks
 from sfjax.errors import UserError
 from sfjax.routing import MemoryConfig
 from tests.memory.test_equality import random_params
-from tests.training.test_self_forcing import MODEL, STAGE, begin, make, teacher  # noqa: F401, a fixture
+from tests.training.test_self_forcing import MODEL, STAGE, begin, make, on_mesh, teacher  # noqa: F401, a fixture
 
 STEPS = 3
 CHANGES = dict(steps=STEPS, log_every=1, save_every=2, warmup=1, threads=1, lr=1e-3)
@@ -47,10 +47,8 @@ training.train(dataclasses.replace(config, model=model, train=train), workdir)
 def step_on(config, stage, state, fixed, batches, devices, fsdp=1, tensor=1):
   """Metrics of a step on so many devices, and the norm of every array of the state after it."""
   mesh = cluster.make_mesh(fsdp, tensor, jax.devices()[:devices])
-  where = cluster.shardings(mesh, state)
-  step = training.jitted_step(config, stage, mesh, where)
-  fixed = cluster.place(fixed, cluster.shardings(mesh, fixed))
-  state, metrics = step(cluster.place(state, where), fixed, cluster.share(mesh, batches))
+  step, *given = on_mesh(mesh, config, stage, state, fixed, batches)
+  state, metrics = step(*given)
   return {name: float(jnp.linalg.norm(x.astype(jnp.float32))) for name, x in named([metrics, state]).items()}
 
 

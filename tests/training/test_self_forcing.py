@@ -59,14 +59,12 @@ def begin(config):
   }
 
 
-def ready(config):
-  """The program that train.py runs, over all devices, and what it is given: (step, state, fixed, batches)."""
-  mesh, state, fixed = cluster.make_mesh(config.train.fsdp), begin(config), self_forcing.fixed(config)
-  text = self_forcing.inputs(config, {"caption": CAPTIONS})
+def on_mesh(mesh, config, stage, state, fixed, batches):
+  """The program that train.py runs there, and what it is given: (step, state, fixed, batches)."""
   where = cluster.shardings(mesh, state)
-  step = training.jitted_step(config, STAGE, mesh, where)
-  batches = cluster.share(mesh, [(text, cluster.places(B))])
-  return step, cluster.place(state, where), cluster.place(fixed, cluster.whole(mesh, fixed)), batches
+  step = training.jitted_step(config, stage, mesh, where)
+  fixed = cluster.place(fixed, cluster.shardings(mesh, fixed))
+  return step, cluster.place(state, where), fixed, cluster.share(mesh, batches)
 
 
 def moved(old, new):
@@ -77,7 +75,9 @@ def moved(old, new):
 
 def test_a_step_moves_the_student_and_then_the_critic(teacher):
   config = make(teacher)
-  step, state, fixed, batches = ready(config)
+  batches = [(self_forcing.inputs(config, {"caption": CAPTIONS}), cluster.places(B))]
+  given = config, STAGE, begin(config), self_forcing.fixed(config), batches
+  step, state, fixed, batches = on_mesh(cluster.make_mesh(), *given)
   copy = lambda state: jax.tree.map(jnp.copy, state)  # a step consumes its own
   once, metrics = step(copy(state), fixed, batches)
   twice, more = step(copy(once), fixed, batches)
