@@ -2,9 +2,13 @@
 
 Variants: "" (sparse, learned importance: the shipped model), "attention" (the paper's rule), "window" (the same KV bytes,
 no P), "dense" (21 latents), "base" (the common dense start of all of them), "teacher" (bidirectional, 21 latents at once: what
-distillation learns from), "student", "student_window", "student_dense" (4 steps, distilled against the teacher with that
-memory), "student_memory" (the student goes on: rollouts begin with real digits that are then hidden), "ode" (4 steps, from
-trajectories that `python -m sfjax.ode` wrote: --config.data.path=DIR), "tiny" (a smoke test).
+distillation learns from), "student" (4 steps, distilled against the teacher), "ode" (4 steps, from trajectories that
+`python -m sfjax.ode` wrote: --config.data.path=DIR), "tiny" (a smoke test).
+
+"student_memory": the student goes on; rollouts begin with real digits that are then hidden. The same with other memories is
+the ablation, 8 minutes of one H100 each (python train.py --config configs/digits.py:VARIANT --workdir DIR):
+"student_attention" (the paper's importance), "student_no_persistent", "student_all_blocks" (nothing of the window left
+out), "student_window" (the same KV bytes, no P), "student_dense" (21 latents).
 """
 
 import dataclasses
@@ -32,6 +36,9 @@ MEMORY = {
 MEMORY |= {
   "student": SPARSE,
   "student_memory": SPARSE,
+  "student_attention": MEMORY["attention"],
+  "student_no_persistent": dataclasses.replace(SPARSE, persistent=0),
+  "student_all_blocks": dataclasses.replace(SPARSE, top_k=1.0),
   "student_window": MEMORY["window"],
   "student_dense": MEMORY["dense"],
   "ode": SPARSE,
@@ -78,9 +85,9 @@ def get_config(variant=""):
       critic_lr=3e-4,
     )
     sampler = FEW_STEPS
-  if variant == "student_memory":  # 2 to 4 of 7 chunks are real, till the cover rests; 1 to 3 hide, 2 or more show
+  if variant.startswith("student_"):  # 2 to 4 of 7 chunks are real, till the cover rests; 1 to 3 hide, 2 or more show
     stages = (dataclasses.replace(stages[0], known=4, p_memory=0.5, hide=(1, 3)),)
-    train = dataclasses.replace(train, stages=stages, init="checkpoints/digits_student")
+    train = dataclasses.replace(train, steps=440, stages=stages, init="checkpoints/digits_student")
   model = ModelConfig.digits(remat="dots", chunk_frames=21 if variant == "teacher" else 3)
   if variant == "tiny":
     model = ModelConfig.digits(dim=64, layers=2, heads=1, ffn_dim=64, dtype="float32")
