@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
   p.add_argument("--trace", help="write a profile of three steps of every stage into this folder")
   a = p.parse_args(rest)
   config = training.with_batches(to_dataclass(Config, apply_overrides(load_config(a.config), overrides)))
-  task, mesh = training.task(config), cluster.make_mesh(config.train.fsdp, config.train.tensor)
+  task, mesh = training.task(config), cluster.make_mesh(config.train.fsdp, config.train.tensor, config.train.context)
   mean, start, compile_total = 0.0, 0.0, 0.0
   for stage in config.train.stages:
     state, fixed = task.state(config, mesh), task.fixed(config, mesh)

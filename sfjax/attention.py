@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK, pbsa
 from sfjax import memory as kv
-from sfjax.axes import splits_heads
+from sfjax.axes import all_chunks, own_chunks, splits_chunks, splits_heads
 from sfjax.model import ModelConfig, dense_attention
 from sfjax.rope import turn_forward
 from sfjax.routing import (
@@ -202,27 +202,44 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
 
   Noisy chunk t reads what a rollout reads: P_t, the clean window before t, and itself. So the last chunk may be absent from
   the clean stream (G = 2 n or 2 n - 1). The layer input is the layer's rng.
+
+  Where devices along "context" share the chunks, a device attends for its own, clean and noisy, to the keys and values of all,
+  and all of them make the same plan.
+
   `later`: reads at least so many chunks after a block's own teach the importance head (the window by default).
   """
   layout, n, nb, c = model.layout, chunks, model.layout.blocks, cfg.persistent
   turning = c > 0 and cfg.rope_cap is not None and (n - 1) * model.chunk_frames > cfg.rope_cap
+  apart = splits_chunks(n)
+
+  def joined(x):  # all devices' chunks, of both streams
+    if not apart:
+      return x
+    return all_chunks(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), 2).reshape(x.shape[0], 2 * n, *x.shape[2:])
+
+  def own(lists):  # of a device's rows
+    b, heads, rows, *rest = lists.shape
+    if not apart:
+      return lists
+    return own_chunks(lists.reshape(b, heads, 2, n, rows // (2 * n), *rest), 3).reshape(b, heads, -1, *rest)
 
   def attend(block, carry, rng, h, turn):
     rows = block.self_attn.turned(h, turn)
     b, streams, _, heads, dim = rows[0].shape
     q, k, v = (layout.pack(x) for x in rows)  # [B,G,Sc,N,H]
-    q_pooled, k_pooled = pool_queries(q, layout, cfg.route_parts), pool_keys(k, layout, cfg.route_parts)
-    content = block_content(v[:, :-n], layout)
+    pooled = pool_queries(q, layout, cfg.route_parts), pool_keys(k, layout, cfg.route_parts), block_content(v, layout)
+    q_pooled, k_pooled, content = (joined(x) for x in pooled)
+    content = content[:, :-n]
     loss = jnp.zeros(())
     if cfg.importance == "learned":
-      predicted = block.log_importance(content.reshape(b, (streams - n) * layout.blocks, heads, dim))
+      predicted = block.log_importance(content.reshape(b, -1, heads, dim))
       loss = importance_loss(model, later or cfg.window, n, predicted, q_pooled[:, -n:], k_pooled[:, :-n])
-    if not cfg.selects:
+    if not cfg.selects and not apart:
       nobody = jnp.zeros((b, n, heads, 0), jnp.int32)
       return block.self_attn.out(_window_attention(cfg, n, *rows)), carry, Parallel(nobody, None, None, loss)
     plan = _plan(model, cfg, n, block.log_importance, content, q_pooled, k_pooled, rng, segments=turning)
     flat = lambda x: x.reshape(b, -1, heads, dim)
-    keys, values = flat(k), flat(v)
+    keys, values = flat(joined(k)), flat(joined(v))
     if turning:  # each chunk's P as its own segment: its keys turn by the chunk's own ages
       delta = capped_turn(cfg, (jnp.arange(n)[:, None, None] - plan.persistent // nb) * model.chunk_frames)  # [B,n,N,C]
       source = jnp.maximum(plan.persistent, 0).transpose(0, 1, 3, 2).reshape(b, n * c, 1, heads, 1)
@@ -230,7 +247,7 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
       delta = jnp.repeat(delta.transpose(0, 1, 3, 2).reshape(b, n * c, heads), BLOCK, 1)
       keys = jnp.concatenate([keys, turn_forward(gather(keys), delta)], 1)
       values = jnp.concatenate([values, gather(values)], 1)
-    out = pbsa(flat(q), keys, values, plan.ids, plan.counts, kv_valid=layout.valid)
+    out = pbsa(flat(q), keys, values, own(plan.ids), own(plan.counts), kv_valid=layout.valid)
     out = layout.unpack(block.self_attn.out(out.reshape(b, streams, layout.slots, heads, dim)))
     return out, carry, plan._replace(importance_loss=loss)
 

@@ -1,10 +1,11 @@
-"""The mesh's axes, and what is split along "tensor": the heads of attention, their memory, and the feed-forward's width.
+"""The mesh's axes, and what is split along "tensor" (heads of attention, their memory, the feed-forward's width) and "context"
+(the chunks of a clip).
 
 A program that runs on a mesh is each device's own (`jax.shard_map`): it sees a part of the batch ("data", "fsdp") and of every
-layer ("tensor"), whole arrays to it and to its kernels, and the functions below join what devices along "tensor" have. Outside
-of such a program, and where "tensor" is one device, they do nothing.
+layer ("tensor"), whole arrays to it and to its kernels, and the functions below join what devices along "tensor" or "context"
+have. Outside of such a program, and where that axis is one device, they do nothing.
 
-A device's loss counts once on each device along "tensor", and so does its gradient: means over all of them are the true ones.
+A device's loss counts once on each device along these two axes, and so does its gradient: means over all are the true ones.
 """
 
 import re
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from sfjax.checkpoint import named
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = AXES[:2]
 BATCH = PartitionSpec(BATCH_AXES)
 # How parameters are split along "tensor", by the end of their path; so are their averages and the optimiser's states.
@@ -50,15 +51,15 @@ def on_devices(fn: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
   return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _parts() -> int:
-  """Devices along "tensor", in a program that is each device's own."""
+def _parts(axis: str) -> int:
+  """Devices along an axis, in a program that is each device's own."""
   mesh = jax.sharding.get_abstract_mesh()
-  return mesh.shape["tensor"] if "tensor" in mesh.manual_axes else 1
+  return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
 def splits_heads() -> bool:
   """Whether arrays here have a device's own heads alone."""
-  return _parts() > 1
+  return _parts("tensor") > 1
 
 
 def total(x: jax.Array) -> jax.Array:
@@ -78,14 +79,30 @@ def all_heads(x: jax.Array, axis: int) -> jax.Array:
 
 def own_heads(fn: Callable[[int], jax.Array], heads: int, axis: int) -> jax.Array:
   """A device's heads of fn(all heads), where it has so many along that axis."""
-  x = fn(heads * _parts())
+  x = fn(heads * _parts("tensor"))
   return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("tensor") * heads, heads, axis) if splits_heads() else x
+
+
+def splits_chunks(chunks: int) -> bool:
+  """Whether the devices along "context" share the chunks of a clip of so many; else each of them has all."""
+  return chunks % _parts("context") == 0 and _parts("context") > 1
+
+
+def all_chunks(x: jax.Array, axis: int) -> jax.Array:
+  """An array with the chunks of all devices along that axis; to be called where `splits_chunks`."""
+  return jax.lax.all_gather(x, "context", axis=axis, tiled=True)
+
+
+def own_chunks(x: jax.Array, axis: int) -> jax.Array:
+  """A device's part of the chunks along that axis; to be called where `splits_chunks`."""
+  own = x.shape[axis] // _parts("context")
+  return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("context") * own, own, axis)
 
 
 def mean_gradient(grads):
   """The gradient of the mean loss of all devices, from each device's own; where parameters are split, its part."""
 
   def of(name, g):
-    return jax.lax.pmean(g, BATCH_AXES) / _parts() if "tensor" in rule(name) else jax.lax.pmean(g, AXES)
+    return jax.lax.pmean(g, AXES[:-1]) / _parts("tensor") if "tensor" in rule(name) else jax.lax.pmean(g, AXES)
 
   return by_name(of, grads)

@@ -1,8 +1,8 @@
 """Devices of one or several hosts: joining them, one mesh over all, and where arrays lie on it.
 
-A batch is split over "data" and "fsdp", a layer over "tensor" (`sfjax.axes`). The training state is split over "fsdp" and
-"tensor" and repeated along "data": a step gathers weights along "fsdp" before it uses them, and every device updates its own
-part of them and of the optimiser's state.
+A batch is split over "data" and "fsdp", a clip's chunks over "context", a layer over "tensor" (`sfjax.axes`). The training
+state is split over "fsdp" and "tensor" and repeated along the others: a step gathers weights along "fsdp" before it uses
+them, and every device updates its own part of them and of the optimiser's state.
 """
 
 import contextlib
@@ -66,31 +66,35 @@ def explained():
     ) from e
 
 
-def mesh_shape(devices: int, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
+def mesh_shape(devices: int, fsdp: int = 1, tensor: int = 1, context: int = 1) -> tuple[int, int, int, int]:
   """Sizes of `AXES`. Raises UserError: they do not divide."""
   if tensor < 1 or devices % tensor:
     raise UserError(f"config.train.tensor: {tensor} does not divide {devices} devices")
-  if fsdp < 1 or devices % (fsdp * tensor):
-    raise UserError(f"config.train.fsdp: {fsdp} does not divide {told(devices, tensor)}")
-  return devices // (fsdp * tensor), fsdp, tensor
+  if context < 1 or devices % (context * tensor):
+    raise UserError(f"config.train.context: {context} does not divide {told(devices, tensor)}")
+  if fsdp < 1 or devices % (fsdp * context * tensor):
+    raise UserError(f"config.train.fsdp: {fsdp} does not divide {told(devices, context * tensor)}")
+  return devices // (fsdp * context * tensor), fsdp, context, tensor
 
 
-def told(devices: int, tensor: int) -> str:
-  """So many devices, in words, by how many have clips of their own."""
-  return f"{devices // tensor} groups of {tensor} devices" if tensor > 1 else f"{devices} devices"
+def told(devices: int, together: int) -> str:
+  """So many devices, in words, of which so many work on the same clips."""
+  return f"{devices // together} groups of {together} devices" if together > 1 else f"{devices} devices"
 
 
-def make_mesh(fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-  """All devices of all hosts, or those given, `fsdp` and `tensor` of them along the axes of these names.
+def make_mesh(fsdp: int = 1, tensor: int = 1, context: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+  """All devices of all hosts, or those given, so many of them along the axes of these names.
 
-  Devices along "tensor" are of one host, which so has whole clips.
+  Devices along "context" and "tensor" are of one host, which so has whole clips.
 
   Raises:
     UserError: they do not divide.
   """
-  shape = mesh_shape(len(devices or jax.devices()), fsdp, tensor)
-  if jax.local_device_count() % tensor:
-    raise UserError(f"config.train.tensor: {tensor} does not divide the {jax.local_device_count()} devices of a host")
+  shape = mesh_shape(len(devices or jax.devices()), fsdp, tensor, context)
+  if (here := jax.local_device_count()) % (context * tensor):
+    raise UserError(
+      f"config.train.context, tensor: {context} times {tensor} does not divide the {here} devices of a host"
+    )
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -104,7 +108,7 @@ def heads_mesh(devices: int, model: ModelConfig) -> Mesh | None:
   if not 1 <= devices <= len(here):
     raise UserError(f"--devices: {devices}; this machine has {len(here)}")
   check_tensor(devices, {"the model": model}, "--devices")
-  order = np.array(here[:devices]).reshape(1, 1, devices)  # the first one also decodes
+  order = np.array(here[:devices]).reshape(1, 1, 1, devices)  # the first one also decodes
   return Mesh(order, AXES) if devices > 1 else None
 
 

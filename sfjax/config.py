@@ -81,7 +81,8 @@ class TrainConfig:
     betas: of Adam. patience: after so many steps in a row without a finite gradient, which change nothing, a run stops.
     threads: of the loader. workers: processes of the loader; 0 uses threads alone.
     fsdp: devices over which the weights, their average and the optimiser's state are split.
-    tensor: devices, of one host, that work on the same clips: heads, their memory and the feed-forward are split over them.
+    context, tensor: devices, of one host, that work on the same clips: over `context` a clip's chunks are split, over
+      `tensor` heads, their memory and the feed-forward.
   """
 
   steps: int
@@ -112,7 +113,13 @@ class TrainConfig:
   threads: int = 4
   workers: int = 0
   fsdp: int = 1
+  context: int = 1
   tensor: int = 1
+
+  @property
+  def together(self) -> int:
+    """Devices that work on the same clips."""
+    return self.context * self.tensor
 
   def __post_init__(self):
     if self.steps < 1:

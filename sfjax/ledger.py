@@ -123,7 +123,7 @@ def predict(config: Config, sizes: Around, batch: int = 1, devices: int = 1) -> 
     state = jax.eval_shape(lambda: sizes.codec.init_decoder_state(batch, *config.model.latent_size))
   return total(
     {name: tree_bytes(x) for name, x in weights.items()}
-    | {"dit": shard_bytes(AbstractMesh((1, 1, devices), AXES), weights["dit"])}
+    | {"dit": shard_bytes(AbstractMesh((1, 1, 1, devices), AXES), weights["dit"])}
     | memory_rows(config.memory, abstract_memory(config, batch, devices))
     | {"codec_state": tree_bytes(state), "in_flight": in_flight(config, sizes.codec, batch)}
   )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from sfjax import captions, rollout
 from sfjax.attention import parallel_attention
+from sfjax.axes import all_chunks, own_chunks, splits_chunks
 from sfjax.config import Config, Stage
 from sfjax.flow import TIMESTEPS, add_noise, flow_loss, shift_sigma
 from sfjax.model import ModelConfig
@@ -56,17 +57,25 @@ def teacher_forced(
 ) -> tuple[Float[Array, "B n F h w C"], Float[Array, ""]]:
   """The network's output for noisy chunks that read a clean context of that noise level, and the importance head's loss."""
   model, n = config.model, noisy.shape[1]
+  chunk, apart = jnp.arange(n), splits_chunks(n)
+  if apart:
+    # A device has as many clean chunks as noisy ones, so that the last clean one, which nobody reads, is there, too.
+    last = lambda x: jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
+    context, level, noisy, sigma = (own_chunks(x, 1) for x in (last(context), last(level), noisy, sigma))
+    chunk = own_chunks(chunk, 0)
+  given = context.shape[1]
   out, _, plan = rollout.apply(
     model,
     params["dit"],
     jnp.concatenate([context, noisy], 1),
     jnp.concatenate([level, sigma], 1) * TIMESTEPS,
-    jnp.concatenate([jnp.arange(n - 1), jnp.arange(n)]),
+    jnp.concatenate([chunk[:given], chunk]),
     captions.kv(model, params, prompt),
     parallel_attention(model, stage_memory(config.memory, stage), n, later=min(config.memory.window, n)),
     jax.vmap(jax.random.key_data)(jax.random.split(jax.random.fold_in(key, 2**31 - 1), model.layers)),
   )
-  return out[:, n - 1 :], plan.importance_loss.mean()
+  out = out[:, given:]
+  return all_chunks(out, 1) if apart else out, plan.importance_loss.mean()
 
 
 def loss(

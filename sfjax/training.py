@@ -30,8 +30,8 @@ from sfjax.runlog import make_folder, peak_memory, run_record, write_json_atomic
 _DATA_SEED = 1000  # the clips of stage i come in the order of seed 1000 * train.seed + i
 # What a rerun may change: how long, how often, how many workers; the rest would make it another experiment.
 _FREE = {
-  f"train.{key}"
-  for key in ("steps", "log_every", "save_every", "keep_last", "keep_every", "threads", "workers", "fsdp", "tensor")
+  *(f"train.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "keep_every", "threads", "workers")),
+  *(f"train.{key}" for key in ("fsdp", "context", "tensor")),
 }
 
 
@@ -58,6 +58,16 @@ def models(config: Config) -> dict[str, ModelConfig]:
   return {"config.model": config.model} | {f"config.distill.{name}": model for name, model in judges.items()}
 
 
+def check_context(config: Config) -> None:
+  """Raises UserError where clips cannot be split over config.train.context devices; single chunks are not split."""
+  context = config.train.context
+  if config.distill.teacher and context > 1:
+    raise UserError(f"config.train.context: {context}; with a teacher want 1, as its rollouts are made chunk by chunk")
+  for stage in config.train.stages:
+    if stage.chunks > 1 and stage.chunks % context:
+      raise UserError(f"config.train.context: {context} does not divide a stage's {stage.chunks} chunks")
+
+
 def jitted_step(config: Config, stage: Stage, mesh: Mesh, where):
   """The task's step, (state, fixed, batches) -> (state, metrics), its state kept at the shardings `where`, in place."""
   step = functools.partial(task(config).step, config, stage, mesh)
@@ -66,7 +76,7 @@ def jitted_step(config: Config, stage: Stage, mesh: Mesh, where):
 
 def with_batches(config: Config) -> Config:
   """The config with batches of 0 as large as there are devices that have clips of their own."""
-  own = jax.device_count() // config.train.tensor
+  own = jax.device_count() // config.train.together
   stages = tuple(dataclasses.replace(s, batch=s.batch or own) for s in config.train.stages)
   return dataclasses.replace(config, train=dataclasses.replace(config.train, stages=stages))
 
@@ -104,16 +114,17 @@ def train(config: Config, workdir: str) -> pathlib.Path:
       finite.
     KeyboardInterrupt, SystemExit: after Ctrl-C, and with code 0 after SIGTERM, with all that was done saved.
   """
-  mesh = cluster.make_mesh(config.train.fsdp, config.train.tensor)
+  mesh = cluster.make_mesh(config.train.fsdp, config.train.tensor, config.train.context)
   asked_for, config = config, with_batches(config)
   t, work = config.train, task(config)
   hosts, first_host = jax.process_count(), jax.process_index() == 0
   workdir = make_folder(workdir, "--workdir")
   cluster.check_tensor(t.tensor, models(config))
+  check_context(config)
   for stage in t.stages:
     for part in stage.parts:
-      if part.batch % (mesh.size // t.tensor):
-        over = cluster.told(mesh.size, t.tensor)
+      if part.batch % (mesh.size // t.together):
+        over = cluster.told(mesh.size, t.together)
         raise UserError(f"config.train.stages: batch {part.batch} does not divide over {over}")
       work.source(config, part)
   state, fixed = work.state(config, mesh), work.fixed(config, mesh)

@@ -77,7 +77,7 @@ def gathered_bytes(mesh: AbstractMesh, tree) -> int:
 def _of_tensor(mesh: AbstractMesh) -> AbstractMesh:
   """The mesh without "fsdp": where a step's weights lie while it uses them."""
   tensor = mesh.shape["tensor"]
-  return AbstractMesh((mesh.size // tensor, 1, tensor), AXES)
+  return AbstractMesh((mesh.size // tensor, 1, 1, tensor), AXES)
 
 
 def judges(config: Config, teacher: str | None = None, critic: str | None = None) -> tuple[ModelConfig, ModelConfig]:

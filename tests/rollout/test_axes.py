@@ -46,7 +46,7 @@ def sums(text) -> list[str]:
 
 
 def test_sampling_a_chunk(config):
-  mesh, model = AbstractMesh((1, 1, 4), axes.AXES), config.model
+  mesh, model = AbstractMesh((1, 1, 1, 4), axes.AXES), config.model
   params, whole = rollout.abstract_params(model), PartitionSpec()
   text = jax.ShapeDtypeStruct((1, model.text_len, model.text_dim), jnp.float32)
   memory = jax.eval_shape(lambda p, t: rollout.start(model, config.memory, p, t), params, text)
@@ -62,7 +62,7 @@ def test_sampling_a_chunk(config):
 
 def test_the_gradient_of_a_clip(config):
   """Two chunks under teacher forcing: their clean and noisy tokens side by side, three chunks' of them."""
-  mesh, model, stage = AbstractMesh((1, 2, 2), axes.AXES), config.model, Stage(1.0, chunks=2, batch=2)
+  mesh, model, stage = AbstractMesh((1, 2, 1, 2), axes.AXES), config.model, Stage(1.0, chunks=2, batch=2)
   weights, key = axes.split(rollout.abstract_params(model)), jax.random.key(0)
 
   def gradient(params, x, text):

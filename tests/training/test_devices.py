@@ -44,9 +44,9 @@ training.train(dataclasses.replace(config, model=model, train=train), workdir)
 """
 
 
-def step_on(config, stage, state, fixed, batches, devices, fsdp=1, tensor=1):
+def step_on(config, stage, state, fixed, batches, devices, **along):
   """Metrics of a step on so many devices, and the norm of every array of the state after it."""
-  mesh = cluster.make_mesh(fsdp, tensor, jax.devices()[:devices])
+  mesh = cluster.make_mesh(**along, devices=jax.devices()[:devices])
   step, *given = on_mesh(mesh, config, stage, state, fixed, batches)
   state, metrics = step(*given)
   return {name: float(jnp.linalg.norm(x.astype(jnp.float32))) for name, x in named([metrics, state]).items()}
@@ -57,22 +57,29 @@ def distilled(folder):
   config, told = make(folder), ["a red 3", "a blue 7 and a green 1", "a green 2", ""]
   batches = [(self_forcing.inputs(config, {"caption": told}), cluster.places(len(told)))]
   what = config, STAGE, begin(config), self_forcing.fixed(config), batches
-  return step_on(*what, 1), step_on(*what, 8, 2, 2)
+  return step_on(*what, 1), step_on(*what, 8, fsdp=2, tensor=2)
 
 
-def learned():
-  """The same of teacher forcing."""
-  config, stage = make(""), Stage(1.0, chunks=2, batch=4)
+def learned(window, **along):
+  """A step of teacher forcing, clips of 4 chunks and beside them single ones, on one device and on eight.
+
+  Args:
+    window: chunks of a plain window; 0 for a memory with P and lists.
+  """
+  config, stage = make(""), Stage(1.0, chunks=4, batch=4, firsts=4)
+  if window:
+    config = dataclasses.replace(config, memory=MemoryConfig(window=window))
   params = {"dit": random_params(MODEL, 6), "text": teacher_forcing.init_model(config)["text"]}
-  frames = np.random.default_rng(0).integers(0, 256, (4, frames_of_chunks(2), 8, 12, 3), np.uint8)
-  batches = [((frames, captions.text(config, ["a red 3", "a blue 7", "a green 2", ""])), cluster.places(4))]
+  draw = lambda n: np.random.default_rng(n).integers(0, 256, (4, frames_of_chunks(n), 8, 12, 3), np.uint8)
+  told = captions.text(config, ["a red 3", "a blue 7", "a green 2", ""])
+  batches = [((draw(n), told), cluster.places(4)) for n in (4, 1)]
   what = config, stage, teacher_forcing.state_of(config, params), (), batches
-  return step_on(*what, 1), step_on(*what, 8, 2, 2)
+  return step_on(*what, 1), step_on(*what, 8, **along)
 
 
 def routed():
   """Norms of what rules over all heads decide, on one device and on four of two heads each."""
-  mesh, layout, rng = cluster.make_mesh(1, 4, jax.devices()[:4]), MODEL.layout, np.random.default_rng(0)
+  mesh, layout, rng = cluster.make_mesh(tensor=4, devices=jax.devices()[:4]), MODEL.layout, np.random.default_rng(0)
   r = 3 + 2 * layout.blocks
   score, content = rng.random((2, 8, r), np.float32), rng.normal(size=(2, r, 8, 4)).astype(np.float32)
   origin = np.broadcast_to(np.arange(r, dtype=np.int32), (2, 8, r))
@@ -157,11 +164,19 @@ def test_two_hosts_of_four_devices_train_as_one_device_does(tmp_path):
     np.testing.assert_allclose(x.astype(np.float32), many[name].astype(np.float32), rtol=2**-7, atol=1e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("task", ["routed", "learned", "distilled"])
-def test_eight_devices_train_as_one_does(task, request):
-  folder = repr(str(request.getfixturevalue("teacher"))) if task == "distilled" else ""
-  want, got = on_eight_devices(f"{task}({folder})")
-  assert got.keys() == want.keys() and len(want) >= {"routed": 6, "learned": 150, "distilled": 250}[task]
+@pytest.mark.parametrize(
+  ("call", "least"),
+  [
+    ("routed()", 6),
+    ("learned(0, fsdp=2, context=2, tensor=2)", 150),
+    ("learned(2, context=4)", 150),
+    ("distilled({teacher!r})", 250),
+  ],
+)
+def test_eight_devices_train_as_one_does(call, least, request):
+  folder = str(request.getfixturevalue("teacher")) if "teacher" in call else ""
+  want, got = on_eight_devices(call.format(teacher=folder))
+  assert got.keys() == want.keys() and len(want) >= least
   for name, x in want.items():  # sums of the same numbers in another order
     np.testing.assert_allclose(got[name], x, rtol=1e-5, err_msg=name)
 
@@ -202,8 +217,8 @@ def test_what_is_split_and_what_is_whole():
   }
   of = lambda *shape: [tuple(s.spec) for s in jax.tree.leaves(cluster.shardings(AbstractMesh(shape, AXES), tree))]
   rest = [(None, "fsdp", None), (None, None), (None,)]
-  assert of(4, 2, 1) == [(None, "fsdp"), (None, "fsdp"), (None, "fsdp", None), *rest]
-  assert of(2, 2, 2) == [(None, "tensor"), (None, "fsdp"), (None, "tensor", "fsdp"), *rest]
+  assert of(2, 2, 2, 1) == of(4, 2, 1, 1) == [(None, "fsdp"), (None, "fsdp"), (None, "fsdp", None), *rest]
+  assert of(2, 2, 1, 2) == [(None, "tensor"), (None, "fsdp"), (None, "tensor", "fsdp"), *rest]
 
 
 def test_a_step_that_does_not_fit_is_refused(monkeypatch):
@@ -225,6 +240,15 @@ def test_what_does_not_divide_or_is_half_told():
     cluster.make_mesh(1, 2)
   with pytest.raises(UserError, match="config.train.fsdp: 3 does not divide 2 groups of 4 devices"):
     cluster.mesh_shape(8, 3, 4)
+  with pytest.raises(UserError, match="config.train.context: 3 does not divide 4 groups of 2 devices"):
+    cluster.mesh_shape(8, 1, 2, 3)
+  config = make("")
+  train = dataclasses.replace(config.train, stages=(Stage(1.0, chunks=7, batch=8),), context=2)
+  with pytest.raises(UserError, match="config.train.context: 2 does not divide a stage's 7 chunks"):
+    training.check_context(dataclasses.replace(config, train=train))
+  distilled = dataclasses.replace(config.distill, teacher="T")
+  with pytest.raises(UserError, match="config.train.context: 2; with a teacher want 1"):
+    training.check_context(dataclasses.replace(config, train=train, distill=distilled))
   with pytest.raises(UserError, match="config.train.tensor: 3 does not divide config.model's 2 heads and ffn_dim 48"):
     cluster.check_tensor(3, training.models(make("")))
   with pytest.raises(UserError, match="--coordinator None --processes 2 --process 0; want all three or none"):
