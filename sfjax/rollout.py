@@ -132,10 +132,11 @@ def append_chunk(model: ModelConfig, cfg: MemoryConfig, params, memory: kv.KVMem
 def _begin(model, cfg, memory: kv.KVMemory, in_place: bool):
   """The memory, begun for its next chunk, and how the chunk's passes go over it."""
   memory = kv.per_layer(kv.begin_chunk, model, cfg, memory)
-  return memory, {
-    "in_place": True,
-    "prefix_k": kv.per_layer(kv.persistent_keys, model, cfg, memory),
-  } if in_place else {}
+  if not in_place:
+    return memory, {}
+  # Or XLA would turn P's keys from what the memory was before, and keep a copy of that.
+  memory = memory.replace(k=jax.lax.optimization_barrier(memory.k))
+  return memory, {"in_place": True, "prefix_k": kv.per_layer(kv.persistent_keys, model, cfg, memory)}
 
 
 class Beginning(NamedTuple):
