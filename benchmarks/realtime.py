@@ -12,7 +12,8 @@ chunks over that of the first four full ones. One video a memory, of the longest
 --devices N shares the heads of every video over N devices; bytes and peaks are then the first one's, which also decodes.
 
 --routing and --commit time the sampler's options, every memory with each of them: lists found in every step or once a chunk;
-K/V kept from a clean pass, or from the last step, which is a pass less ("passes" of a run: those of a chunk).
+K/V kept from a clean pass, or from the last step, which is a pass less ("passes" of a run: those of a chunk). --slots, too:
+K/V of earlier chunks in the model's dtype, or in float8.
 
 --streams N makes N videos together, each with its own memory and noise: frames and bytes are those of all, times those of a
 chunk of each.
@@ -53,7 +54,7 @@ from sfjax.errors import Parser, UserError, command
 from sfjax.flow import COMMITS, ROUTING
 from sfjax.memory import held_bytes, memory_bytes
 from sfjax.parts import Around, Parts, in_compute_dtype, wan_parts
-from sfjax.routing import MemoryConfig
+from sfjax.routing import SLOTS, MemoryConfig
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
 from sfjax.sampling import ATTENTION, Sampler
 from sfjax.wan_vae import WanVAE, WanVAEConfig
@@ -169,6 +170,7 @@ def rows_of(
   """A memory's run of the longest video that fits, and a row for each of `seconds` and for that length if it is another."""
   config = parts.config
   made = {"attention": attention, "routing": config.sampler.routing, "commit": config.sampler.commit}
+  made |= {"slots": config.memory.slots}
   wanted = {ledger.chunks_of(config, s): s for s in sorted(seconds)}
   longest = fitting(parts, attention, max(wanted), spare, streams)
   run, rows = {}, []
@@ -221,6 +223,7 @@ def main(argv: list[str]) -> None:
   p.add_argument("--attention", nargs="+", choices=choices, default=["sparse", "window9", "dense", "full"])
   p.add_argument("--routing", nargs="+", choices=ROUTING, help="default: the config's")
   p.add_argument("--commit", nargs="+", choices=COMMITS, help="default: the config's")
+  p.add_argument("--slots", nargs="+", choices=SLOTS, help="default: the config's")
   p.add_argument("--seconds", type=float, nargs="+", default=[5.0, 20.0, 60.0, 300.0], help="of video")
   p.add_argument(
     "--clip", type=int, default=21, metavar="LATENTS", help="length of the clip decoded as a whole; 0: none"
@@ -261,12 +264,13 @@ def main(argv: list[str]) -> None:
     print(peer_line(row, config.data.fps), flush=True)
   save()
   own = config.sampler
-  for attention, routing, commit in itertools.product(
-    a.attention, a.routing or [own.routing], a.commit or [own.commit]
+  for attention, routing, commit, slots in itertools.product(
+    a.attention, a.routing or [own.routing], a.commit or [own.commit], a.slots or [config.memory.slots]
   ):
     spare = max((n for r in runs for n in r["device_bytes"]["workspace"].values()), default=0)
     sampler = dataclasses.replace(own, routing=routing, commit=commit)
-    asked = dataclasses.replace(parts, config=dataclasses.replace(parts.config, sampler=sampler))
+    memory = dataclasses.replace(config.memory, slots=slots)
+    asked = dataclasses.replace(parts, config=dataclasses.replace(parts.config, sampler=sampler, memory=memory))
     run, found = rows_of(asked, attention, a.seconds, spare, a.streams)
     runs.extend([run] if run else [])
     rows.extend(found)

@@ -26,8 +26,9 @@ def _ms(x: dict) -> str:
 
 
 def _name(made: dict) -> str:
-  """The memory of a run or row, and the sampler's options where they are not the defaults."""
+  """The memory of a run or row, and its and the sampler's options where they are not the defaults."""
   changed = [name for name in ("routing", "commit") if made[name] != getattr(SamplerConfig(), name)]
+  changed += ["slots"] if made["slots"] != "model" else []
   return ", ".join([made["attention"], *(f"{name} {made[name]}" for name in changed)])
 
 

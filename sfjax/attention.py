@@ -42,18 +42,20 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
   finds its own.
 
   The memory's slots come in one of two ways. As part of the layer input, that of the layer: nothing is changed, and all is
-  differentiable. Or as the carry, (k, v) of all layers, the index telling which one: the chunk is written there, in place where
-  the carry is donated, and no slot is copied; forward only. Beside it, a `Read` with `keep`, else None; and with `commit` a
-  `Commit`, with k and v only where the carry does not hold them already, else None.
+  differentiable. Or as the carry, `memory.slots_of` all layers, the index telling which one: the chunk is written there, in
+  place where the carry is donated, and no slot is copied; forward only. Beside it, a `Read` with `keep`, else None; and with
+  `commit` a `Commit`, with k and v only where the carry does not hold them already, else None.
 
   prefix_k: with the carry, `memory.persistent_keys` of all layers, found once for all passes of a chunk.
   """
   layout = model.layout
 
   def attend(block, slots, given: tuple[kv.KVMemory, Int32[Array, ""] | None, tuple[Array, Array] | None], h, turn):
-    m, layer, lists = given
-    if slots is not None:
-      m = m.replace(k=slots[0], v=slots[1])
+    m, index, lists = given
+    if slots is None:
+      layer, keys = None, kv.persistent_keys(model, cfg, m)
+    else:
+      m, layer, keys = kv.opened(model, m.replace(**slots), index, prefix_k)
     if slots is None or cfg.route_parts > 1 or splits_heads():
       q, k, v = (layout.pack(x[:, 0]) for x in block.self_attn.turned(h, turn))
       m = kv.write_chunk(model, cfg, m, k, v, layer)
@@ -68,7 +70,6 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       ids = jnp.zeros((q.shape[0], q.shape[2], layout.blocks // 2, 0), jnp.int32)
       counts = jnp.zeros(ids.shape[:3], jnp.int32)
       prefix = jnp.minimum(m.chunk + 1, cfg.window) * layout.blocks
-    keys = kv.persistent_keys(model, cfg, m) if slots is None else prefix_k
     out = pbsa(q, m.k, m.v, ids, counts, prefix_blocks=prefix, prefix_k=keys, kv_valid=layout.valid, layer=layer)
     read, update = Read(q_pooled, ids, counts) if keep else None, None
     if commit:
@@ -77,7 +78,7 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       score = kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled)
       update = kv.Commit(*((k, v) if slots is None else (None, None)), own, score)
     out = layout.unpack(block.self_attn.out(out))[:, None]
-    return out, None if slots is None else (m.k, m.v), (read, update)
+    return out, slots and kv.closed(model, cfg, slots, m, index, commit), (read, update)
 
   return attend
 

@@ -144,13 +144,17 @@ def flatten(tree: dict) -> dict[str, np.ndarray]:
   return {name: np.asarray(x) for name, x in named(tree).items()}
 
 
+_BITS = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}  # dtypes that npz does not know
+
+
 def save_arrays(path, arrays: dict[str, np.ndarray]) -> None:
-  """A compressed npz, renamed into place; bfloat16 is stored as its bits, under the name `key:bfloat16`.
+  """A compressed npz, renamed into place; bfloat16 and float8 are stored as their bits, under the name `key:dtype`.
 
   Raises:
     UserError: the file cannot be written.
   """
-  bits = {f"{k}:bfloat16" if v.dtype == jnp.bfloat16 else k: v.view(np.uint16) if v.dtype == jnp.bfloat16 else v
+  strange = {k: v.dtype.name for k, v in arrays.items() if v.dtype.name in _BITS}
+  bits = {f"{k}:{strange[k]}" if k in strange else k: v.view(_BITS[strange[k]]) if k in strange else v
           for k, v in arrays.items()}  # fmt: skip
   with replacing(path) as part, part.open("wb") as f:
     np.savez_compressed(f, **bits)
@@ -165,7 +169,10 @@ def load_arrays(path) -> dict[str, np.ndarray]:
     raise UserError(f"{path}: no such file") from e
   except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError, RuntimeError) as e:
     raise UserError(f"{path}: damaged or truncated; not a readable npz file") from e
-  return {k.removesuffix(":bfloat16"): v.view(jnp.bfloat16) if k.endswith(":bfloat16") else v for k, v in found.items()}
+  dtypes = {k: k.rpartition(":")[2] for k in found}
+  return {
+    k.removesuffix(f":{dtypes[k]}"): v.view(jnp.dtype(dtypes[k])) if dtypes[k] in _BITS else v for k, v in found.items()
+  }
 
 
 @contextlib.contextmanager

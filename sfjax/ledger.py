@@ -24,7 +24,7 @@ from sfjax.axes import AXES
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_config_dict, to_dataclass
 from sfjax.data.digits import chunk_of_frame
 from sfjax.errors import Parser, UserError, command
-from sfjax.memory import KVMemory, init_memory
+from sfjax.memory import KVMemory, init_memory, slots_of
 from sfjax.model import ModelConfig
 from sfjax.parts import Around, Parts, around
 from sfjax.routing import MemoryConfig
@@ -61,7 +61,7 @@ def total(rows: dict[str, int]) -> dict[str, int]:
 
 def memory_rows(cfg: MemoryConfig, m: KVMemory) -> dict[str, int]:
   """A memory, or its shapes, by part."""
-  slots, blocks = tree_bytes((m.k, m.v)), m.pooled.shape[2]
+  slots, blocks = tree_bytes(slots_of(m)), m.pooled.shape[2]
   persistent = slots // blocks * cfg.persistent
   return {
     "persistent": persistent,

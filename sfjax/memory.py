@@ -3,6 +3,9 @@
 A layer holds C persistent blocks, then the window's W chunks (chunk t in ring slot t mod W). Every leaf leads with the layer
 axis; the functions below take one layer's slice, so `jax.vmap` or a scan over layers applies them. A snapshot is the pytree.
 
+Slots may be float8 (`MemoryConfig.slots`), a scale for each block and head beside them. Attention reads them widened, a layer
+at a time (`opened`), the chunk's own as they were made; they are rounded when the chunk is committed (`closed`).
+
 Letters: L layers, B batch, N heads, H head dim, S slots, K = S / 64 blocks, R = K resident blocks, M text rows,
 A and I pooled vectors of a block and of a query tile.
 """
@@ -46,6 +49,7 @@ class KVMemory:
     origin: chunk * nb + tile a block came from, -1 when empty.
     chunk: the chunk to be generated next (or being generated). rng: key data for "random" importance.
     cross_k, cross_v: keys and values of the prompt.
+    k_scale, v_scale: of float8 slots, see `narrow`; else None.
   """
 
   k: Float[Array, "*L B S N H"]
@@ -57,6 +61,8 @@ class KVMemory:
   rng: Array
   cross_k: Float[Array, "*L B M N H"]
   cross_v: Float[Array, "*L B M N H"]
+  k_scale: Float[Array, "*L B K N"] | None = None
+  v_scale: Float[Array, "*L B K N"] | None = None
 
 
 # How the memory of all layers is split along the mesh's axis "tensor": a device has its own heads'.
@@ -70,7 +76,10 @@ SPLIT = KVMemory(
   rng=PartitionSpec(),
   cross_k=PartitionSpec(None, None, None, "tensor"),
   cross_v=PartitionSpec(None, None, None, "tensor"),
+  k_scale=PartitionSpec(None, None, None, "tensor"),
+  v_scale=PartitionSpec(None, None, None, "tensor"),
 )
+_FLOAT8 = jnp.float8_e4m3fn
 
 
 class Commit(NamedTuple):
@@ -86,7 +95,9 @@ def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Arr
   """An empty memory for the batch of prompts whose cross-attention K/V [L,B,M,N,H] are given."""
   layers, batch, _, heads, dim = text_kv[0].shape
   blocks = cfg.resident_blocks(model.layout)
-  slots = jnp.zeros((layers, batch, blocks * BLOCK, heads, dim), jnp.dtype(model.dtype))
+  float8 = cfg.slots == "float8"
+  slots = jnp.zeros((layers, batch, blocks * BLOCK, heads, dim), _FLOAT8 if float8 else jnp.dtype(model.dtype))
+  scale = jnp.zeros((layers, batch, blocks, heads), jnp.float32) if float8 else None
   rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"), layers)
   return KVMemory(
     k=slots,
@@ -98,16 +109,19 @@ def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Arr
     rng=jax.random.key_data(rng),
     cross_k=text_kv[0],
     cross_v=text_kv[1],
+    k_scale=scale,
+    v_scale=scale,
   )
 
 
 def memory_bytes(model: ModelConfig, cfg: MemoryConfig, batch: int = 1) -> dict[str, int]:
-  """Exact sizes, in bytes: "kv" is slots and pooled keys; "cross" the prompt's K/V; "bookkeeping" the rest."""
+  """Exact sizes, in bytes: "kv" is slots, their scales and pooled keys; "cross" the prompt's K/V; "bookkeeping" the rest."""
   blocks = cfg.resident_blocks(model.layout)
   width = model.layers * batch * model.heads * model.head_dim
-  size = jnp.dtype(model.dtype).itemsize
+  size, float8 = jnp.dtype(model.dtype).itemsize, cfg.slots == "float8"
+  block = BLOCK * model.head_dim * (1 if float8 else size) + (4 if float8 else 0)  # a head's K, or V, and its scale
   return {
-    "kv": 2 * width * blocks * BLOCK * size + width * blocks * cfg.route_parts**2 * 2,
+    "kv": 2 * model.layers * batch * model.heads * blocks * block + width * blocks * cfg.route_parts**2 * 2,
     "cross": 2 * width * model.text_len * size,
     "bookkeeping": model.layers * (batch * model.heads * blocks * 8 + 4 + 8),
   }
@@ -115,7 +129,74 @@ def memory_bytes(model: ModelConfig, cfg: MemoryConfig, batch: int = 1) -> dict[
 
 def held_bytes(m: KVMemory) -> int:
   """What `memory_bytes` predicts as "kv", measured."""
-  return sum(x.size * x.dtype.itemsize for x in (m.k, m.v, m.pooled))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((slots_of(m), m.pooled)))
+
+
+def slots_of(m: KVMemory) -> dict[str, Array | None]:
+  """The memory's slots, and their scales if they are float8, by the names of its attributes."""
+  return {name: getattr(m, name) for name in ("k", "v", "k_scale", "v_scale")}
+
+
+def narrow(x: Float[Array, "*B S N H"]) -> tuple[Float[Array, "*B S N H"], Float[Array, "*B K N"]]:
+  """Slots rounded to float8_e4m3fn, and what each block and head was divided by.
+
+  That is a power of two, so that all that errs is the rounding: each element by at most 2^-4 of itself, or 2^-17 of its block's
+  largest, if that is more.
+  """
+  blocks = x.reshape(*x.shape[:-3], -1, BLOCK, *x.shape[-2:]).astype(jnp.float32)
+  largest = jnp.maximum(jnp.abs(blocks).max((-3, -1)), 1e-30)  # an empty block is not divided by zero
+  _, exponent = jnp.frexp(largest / float(jnp.finfo(_FLOAT8).max))
+  scale = jnp.ldexp(jnp.float32(1), exponent)
+  return (blocks / scale[..., None, :, None]).astype(_FLOAT8).reshape(x.shape), scale
+
+
+def widen(model: ModelConfig, x: Float[Array, "*B S N H"], scale: Float[Array, "*B K N"] | None):
+  """Slots in the model's dtype, as attention reads them; exact. Without a scale they are that already."""
+  if scale is None:
+    return x
+  blocks = x.reshape(*scale.shape[:-1], BLOCK, *x.shape[-2:]).astype(jnp.float32)
+  return (blocks * scale[..., None, :, None]).astype(jnp.dtype(model.dtype)).reshape(x.shape)
+
+
+def opened(model: ModelConfig, m: KVMemory, layer: Int32[Array, ""], prefix_k: Float[Array, "L B CS N H"] | None):
+  """What a layer's pass reads and writes, of a memory with the slots of all layers and of `persistent_keys` of all.
+
+  Slots in the model's dtype are there as they are; of float8 ones the layer's alone, widened, P's keys turned already.
+
+  Returns:
+    m, the layer's place among its slots, and prefix_k as `pbsa` wants it with them.
+  """
+  if m.k_scale is None:
+    return m, layer, prefix_k
+  at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0)
+  k, v = (widen(model, at(x), at(scale)) for x, scale in ((m.k, m.k_scale), (m.v, m.v_scale)))
+  if prefix_k is not None:
+    k = jnp.concatenate([at(prefix_k), k[:, :, prefix_k.shape[2] :]], 2)
+  return m.replace(k=k, v=v, k_scale=None, v_scale=None), jnp.int32(0), None
+
+
+def closed(model: ModelConfig, cfg: MemoryConfig, slots: dict, m: KVMemory, layer, commit: bool) -> dict:
+  """The slots of all layers after a layer's pass over m, `opened` from them; float8 ones get what is committed alone."""
+  if slots["k_scale"] is None:
+    return slots_of(m)
+  if not commit:
+    return slots
+  first = ring_block(model, cfg, m.chunk)
+  own = (jax.lax.dynamic_slice_in_dim(x[0], first * BLOCK, model.layout.slots, 1) for x in (m.k, m.v))
+  return slots_of(_store(m.replace(**slots), *own, first, layer))
+
+
+def _store(m: KVMemory, k: Float[Array, "B s N H"], v: Float[Array, "B s N H"], first, layer=None) -> KVMemory:
+  """Puts k and v into the slots from block `first` on; `layer`: of `_put`."""
+  if m.k_scale is None:
+    return m.replace(k=_put(m.k, k, first * BLOCK, layer), v=_put(m.v, v, first * BLOCK, layer))
+  (k, k_scale), (v, v_scale) = narrow(k), narrow(v)
+  return m.replace(
+    k=_put(m.k, k, first * BLOCK, layer),
+    v=_put(m.v, v, first * BLOCK, layer),
+    k_scale=_put(m.k_scale, k_scale, first, layer),
+    v_scale=_put(m.v_scale, v_scale, first, layer),
+  )
 
 
 def ring_block(model: ModelConfig, cfg: MemoryConfig, chunk) -> Array:
@@ -141,7 +222,7 @@ def begin_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> KVMemory:
   first = ring_block(model, cfg, m.chunk)
   if c:
     order = _resident(model, cfg, m.chunk - 1)
-    content = block_content(m.v, model.layout)[:, order]
+    content = block_content(widen(model, m.v, m.v_scale), model.layout)[:, order]
     score = eviction_scores(cfg, model.layout, m.score[:, :, order], m.origin[:, :, order], content)
     candidates = order[: c + nb]
     index = select_persistent(cfg, model.layout, score, m.origin[:, :, candidates])
@@ -156,6 +237,9 @@ def begin_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> KVMemory:
       moved = jnp.where(keep, jnp.take_along_axis(blocks[:, candidates], at, 1), 0)
       return blocks.at[:, :c].set(moved).reshape(x.shape)
 
+    if m.k_scale is not None:
+      k_scale, v_scale = (by_block(x[..., None], 1)[..., 0] for x in (m.k_scale, m.v_scale))
+      m = m.replace(k_scale=k_scale, v_scale=v_scale)
     m = m.replace(
       k=by_block(m.k, BLOCK),
       v=by_block(m.v, BLOCK),
@@ -174,7 +258,7 @@ def write_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, k, v, layer=
   """
   first = ring_block(model, cfg, m.chunk)
   pooled = _put(m.pooled, pool_keys(k, model.layout, cfg.route_parts), first)
-  return m.replace(k=_put(m.k, k, first * BLOCK, layer), v=_put(m.v, v, first * BLOCK, layer), pooled=pooled)
+  return _store(m, k, v, first, layer).replace(pooled=pooled)
 
 
 def write_projections(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, unfinished, turn, layer):
@@ -193,7 +277,7 @@ def write_projections(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, unfini
   return m, q, pooled_queries(q_means, layout), pooled_keys(content)[:, :, 0]
 
 
-def _put(old: Float[Array, "*L B S N H"], new: Float[Array, "B s N H"], at, layer=None):
+def _put(old: Float[Array, "..."], new: Float[Array, "B s ..."], at, layer=None):
   """`new` in its place along the axis of slots or blocks; `layer` chooses among those of an array of all layers."""
   start = [0, at] + [0] * (new.ndim - 2)
   new = new.astype(old.dtype)
@@ -215,7 +299,8 @@ def persistent_keys(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> Float
     return None
   c = cfg.persistent
   delta = jnp.repeat(_turn(model, cfg, m), BLOCK, -1).transpose(0, 2, 1)
-  return turn_forward(m.k[:, : c * BLOCK], delta)
+  held = widen(model, m.k[:, : c * BLOCK], None if m.k_scale is None else m.k_scale[:, :c])
+  return turn_forward(held, delta)
 
 
 def _turn(model, cfg, m) -> Int32[Array, "B N C"]:
@@ -243,7 +328,7 @@ def commit_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, update: Com
   """Writes the chunk's final K/V, pooled keys and everyone's new scores, and moves on to the next chunk. One layer."""
   order, first = _resident(model, cfg, m.chunk), ring_block(model, cfg, m.chunk)
   if update.k is not None:
-    m = m.replace(k=_put(m.k, update.k, first * BLOCK), v=_put(m.v, update.v, first * BLOCK))
+    m = _store(m, update.k, update.v, first)
   score = m.score.at[:, :, order].set(update.score)
   return m.replace(pooled=_put(m.pooled, update.pooled, first), score=score, chunk=m.chunk + 1)
 

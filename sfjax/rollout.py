@@ -94,8 +94,14 @@ def _forward(
 
   in_place: the pass writes the chunk's keys and values into the memory; else the memory returns as it was.
   prefix_k, keep, lists, and read and update: see `cached_attention`.
+
+  Raises:
+    NotImplementedError: a memory of float8 slots not in place: they carry no gradient.
   """
-  layer_inputs = memory.replace(k=None, v=None) if in_place else memory
+  if not in_place and memory.k_scale is not None:
+    raise NotImplementedError("in_place: False for float8 slots, which carry no gradient; want True")
+  slots = kv.slots_of(memory) if in_place else None
+  layer_inputs = memory.replace(**dict.fromkeys(slots)) if in_place else memory
   out, slots, aux = apply(
     model,
     params,
@@ -105,9 +111,9 @@ def _forward(
     (memory.cross_k, memory.cross_v),
     cached_attention(model, cfg, commit, prefix_k, keep),
     (layer_inputs, jnp.arange(model.layers) if in_place else None, lists),
-    (memory.k, memory.v) if in_place else None,
+    slots,
   )
-  return out[:, 0], memory.replace(k=slots[0], v=slots[1]) if in_place else memory, aux
+  return out[:, 0], memory.replace(**slots) if in_place else memory, aux
 
 
 def commit(
@@ -132,10 +138,11 @@ def append_chunk(model: ModelConfig, cfg: MemoryConfig, params, memory: kv.KVMem
 def _begin(model, cfg, memory: kv.KVMemory, in_place: bool):
   """The memory, begun for its next chunk, and how the chunk's passes go over it."""
   memory = kv.per_layer(kv.begin_chunk, model, cfg, memory)
-  return memory, {
-    "in_place": True,
-    "prefix_k": kv.per_layer(kv.persistent_keys, model, cfg, memory),
-  } if in_place else {}
+  if not in_place:
+    return memory, {}
+  # Or XLA would turn P's keys from what the memory was before, and keep a copy of that.
+  memory = memory.replace(k=jax.lax.optimization_barrier(memory.k))
+  return memory, {"in_place": True, "prefix_k": kv.per_layer(kv.persistent_keys, model, cfg, memory)}
 
 
 class Beginning(NamedTuple):
@@ -306,10 +313,12 @@ def self_forcing(
     sampler: one that is not `untrainable`. memory: of B rows. exit_step: 0 .. sampler.steps - 1.
 
   Raises:
-    ValueError: another sampler, or an unknown cache_gradient.
+    ValueError: another sampler, a memory of float8 slots, or an unknown cache_gradient.
   """
   if wrong := untrainable(sampler):
     raise ValueError(f"sampler: {wrong}")
+  if cfg.slots != "model":
+    raise ValueError(f"cfg: slots {cfg.slots}; want model")
   if cache_gradient not in CACHE_GRADIENTS:
     raise ValueError(f"cache_gradient: {cache_gradient!r}; want one of {', '.join(CACHE_GRADIENTS)}")
   constant = functools.partial(jax.tree.map, jax.lax.stop_gradient)

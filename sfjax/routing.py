@@ -22,6 +22,7 @@ from sfjax.tiles import BlockLayout
 
 IMPORTANCE = ("attention", "learned", "random")
 SHARING = ("head", "layer")
+SLOTS = ("model", "float8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class MemoryConfig:
     rope_cap: largest temporal age of a persistent block, in latent frames; None for no cap.
     route_parts: window blocks are ranked by the attention between patches of tokens, so many along a block's rows and
       columns; 1 is the paper's single mean.
+    slots: how K and V lie there: "model", in the model's dtype; "float8", half the bytes of 16 bit, for sampling alone
+      (`memory.narrow`). A chunk sees itself unrounded either way.
   """
 
   window: int
@@ -53,6 +56,7 @@ class MemoryConfig:
   sink_chunks: int = 0
   rope_cap: int | None = None
   route_parts: int = 1
+  slots: str = "model"
 
   def __post_init__(self):
     for name, ok, want in (
@@ -65,6 +69,7 @@ class MemoryConfig:
       ("score_decay", 0 <= self.score_decay < 1, "in [0, 1)"),
       ("sink_chunks", self.sink_chunks >= 0, "0 or more chunks"),
       ("route_parts", self.route_parts >= 1, "1 or more"),
+      ("slots", self.slots in SLOTS, f"one of {', '.join(SLOTS)}"),
       ("rope_cap", self.rope_cap is None or self.rope_cap >= 1, "at least 1 latent frame, or None"),
     ):
       if not ok:

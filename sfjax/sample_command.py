@@ -15,6 +15,7 @@ from sfjax.config import to_dict
 from sfjax.errors import Parser, UserError
 from sfjax.flow import COMMITS, ROUTING
 from sfjax.memory import KVMemory, held_bytes
+from sfjax.routing import SLOTS
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
 
 
@@ -30,6 +31,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   p.add_argument("--guidance", type=float, help="classifier-free guidance weight; 1 is off")
   p.add_argument("--routing", choices=ROUTING, help="what a query reads is found in every step, or in a chunk's first")
   p.add_argument("--commit", choices=COMMITS, help="what is kept of a chunk: a clean pass's keys, or its last step's")
+  p.add_argument("--slots", choices=SLOTS, help="K and V of earlier chunks in the model's dtype, or in half of 16 bit")
   p.add_argument("--seed", type=int, default=0)
   p.add_argument("--out", default="out", help="folder for video, contact sheet and run.json")
   p.add_argument("--attention", default="sparse", choices=sampling.ATTENTION)
@@ -102,7 +104,7 @@ def run(argv: list[str]) -> None:
   began = time.perf_counter()
   keep_programs()
   overrides = {name: getattr(a, name) for name in ("steps", "guidance", "routing", "commit")}
-  sampler = sampling.Sampler(a.checkpoint, a.attention, a.tiny_decoder, a.devices, **overrides)
+  sampler = sampling.Sampler(a.checkpoint, a.attention, a.tiny_decoder, a.devices, a.slots, **overrides)
   for flag, texts in a.texts.items():
     sampler.parts.check(texts, flag)
   sampler.text(sum(a.texts.values(), []) or a.prompts)  # together: an encoder loaded for new prompts is loaded once
@@ -183,10 +185,13 @@ def _load_state(path: str, like: KVMemory, codec) -> tuple[KVMemory, Any, str]:
   except UserError as e:
     raise UserError(f"--continue_state: {e}") from e
   wanted = dict(vars(like)) | {"codec": codec}
-  found = []
-  for name, value in checkpoint.named(wanted).items():
-    if name not in arrays or arrays[name].shape != value.shape:
-      raise UserError(f"--continue_state: {path} does not fit this model, --attention and --guidance ({name})")
-    found.append(checkpoint.placed(arrays[name].astype(value.dtype), value.sharding if value.committed else None))
+  shapes = lambda leaves: {name: str(list(x.shape)) for name, x in leaves.items() if name != "prompt"}
+  named = checkpoint.named(wanted)
+  wrong = checkpoint.first_difference(shapes(arrays), shapes(named))
+  if wrong:
+    raise UserError(f"--continue_state: {path} does not fit this model, --attention, --slots and --guidance: {wrong}")
+  found = [
+    checkpoint.placed(arrays[name].astype(x.dtype), x.sharding if x.committed else None) for name, x in named.items()
+  ]
   tree = jax.tree.unflatten(jax.tree.structure(wanted), found)
   return like.replace(**{name: tree[name] for name in vars(like)}), tree["codec"], str(arrays.get("prompt", ""))

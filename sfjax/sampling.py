@@ -39,23 +39,26 @@ class Sampler:
   Args:
     model: a model folder, or one that `load_parts` has read. attention: "sparse" (the trained memory), "window" or "dense".
     tiny_decoder: a file, see `with_tiny_decoder`. devices: of this machine, to share the heads of a folder's model; a loaded
-      one has its own. overrides: of the config's sampler, as steps=4; None leaves it as it is.
+      one has its own. slots: of the memory, "model" or "float8". overrides: of the config's sampler, as steps=4; None leaves
+      each as it is.
 
   Raises:
     UserError: the folder is absent, damaged or of another config, or see `cluster.heads_mesh`.
   """
 
-  def __init__(self, model=SHIPPED, attention="sparse", tiny_decoder=None, devices=1, **overrides):
+  def __init__(self, model=SHIPPED, attention="sparse", tiny_decoder=None, devices=1, slots=None, **overrides):
     self.parts = model if isinstance(model, Parts) else load_parts(model, devices)
     if tiny_decoder:
       self.parts = with_tiny_decoder(self.parts, tiny_decoder)
     config = self.parts.config
     changes = {name: value for name, value in overrides.items() if value is not None}
+    memory = attention_preset(config, attention)
     try:
       sampler = dataclasses.replace(config.sampler, **changes)
+      memory = dataclasses.replace(memory, slots=slots or memory.slots)
     except ValueError as e:
       raise UserError(f"--{e}") from e
-    self.config = dataclasses.replace(config, memory=attention_preset(config, attention), sampler=sampler)
+    self.config = dataclasses.replace(config, memory=memory, sampler=sampler)
     self.programs = rollout.Compiled(self.config.model, self.config.memory, sampler, self.parts.mesh)
     self.fps = config.data.fps
     self.size = tuple(n * self.parts.codec.space for n in config.model.latent_size)

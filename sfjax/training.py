@@ -121,6 +121,8 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   workdir = make_folder(workdir, "--workdir")
   cluster.check_tensor(t.tensor, models(config))
   check_context(config)
+  if config.memory.slots != "model":
+    raise UserError(f"config.memory.slots: {config.memory.slots}; training wants model, as float8 carries no gradient")
   for stage in t.stages:
     for part in stage.parts:
       if part.batch % (mesh.size // t.together):

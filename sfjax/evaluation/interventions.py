@@ -19,18 +19,19 @@ _COVERS = 0.1  # share of the digit's cell that a tile must hold to count as hol
 _SEEN = 0.5  # share of a digit's ink that must be in sight for its tile to tell anything
 
 
-def _slots(name: str, persistent: int) -> tuple:
-  """Index of P in a leaf of the memory."""
-  return {
+def _parts(memory: KVMemory, persistent: int) -> dict[str, tuple]:
+  """Where P lies in the memory's leaves that have a part for it."""
+  by_block, by_head = np.s_[:, :, :persistent], np.s_[..., :persistent]
+  where = {
     "k": np.s_[:, :, : persistent * BLOCK],
     "v": np.s_[:, :, : persistent * BLOCK],
-    "pooled": np.s_[:, :, :persistent],
-    "score": np.s_[..., :persistent],
-    "origin": np.s_[..., :persistent],
-  }[name]
-
-
-_LEAVES = ("k", "v", "pooled", "score", "origin")
+    "k_scale": by_block,
+    "v_scale": by_block,
+    "pooled": by_block,
+    "score": by_head,
+    "origin": by_head,
+  }
+  return {name: at for name, at in where.items() if getattr(memory, name) is not None}
 
 
 def without_persistent(cfg: MemoryConfig, memory: KVMemory) -> tuple[MemoryConfig, KVMemory]:
@@ -40,7 +41,7 @@ def without_persistent(cfg: MemoryConfig, memory: KVMemory) -> tuple[MemoryConfi
   an unfilled P goes to the window.
   """
   rest = lambda i: tuple(slice(s.stop, None) if isinstance(s, slice) and s.stop else s for s in i)
-  kept = {name: getattr(memory, name)[rest(_slots(name, cfg.persistent))] for name in _LEAVES}
+  kept = {name: getattr(memory, name)[rest(at)] for name, at in _parts(memory, cfg.persistent).items()}
   return dataclasses.replace(cfg, persistent=0), memory.replace(**kept)
 
 
@@ -50,8 +51,8 @@ def swap_persistent(cfg: MemoryConfig, memory: KVMemory) -> KVMemory:
   if len(rows) % 2:
     raise ValueError(f"memory: {len(rows)} videos; want an even number")
   changed = {}
-  for name in _LEAVES:
-    leaf, part = getattr(memory, name), _slots(name, cfg.persistent)
+  for name, part in _parts(memory, cfg.persistent).items():
+    leaf = getattr(memory, name)
     changed[name] = leaf.at[part].set(leaf[part][:, rows ^ 1])
   return memory.replace(**changed)
 

@@ -36,6 +36,7 @@ def broken(model_folder, tmp_path):
     ("--attention some", "--attention: invalid choice: 'some' (choose from"),
     ("--routing never", "--routing: invalid choice: 'never' (choose from"),
     ("--commit none", "--commit: invalid choice: 'none' (choose from"),
+    ("--slots fp8", "--slots: invalid choice: 'fp8' (choose from"),
     ("--sparse", "unrecognized arguments: --sparse"),
     ("--image a.png --video a.mp4", "--image: not together with --video"),
     ("--image a.png --continue_state s", "--continue_state: not together with --image"),
@@ -122,9 +123,9 @@ def test_checkpoints_that_are_damaged_or_of_another_config(refused_sample, broke
 def test_states_that_do_not_fit(refused_sample, run_sample, model_folder, tmp_path):
   state = tmp_path / "state"
   run_sample("--seconds", 0.1, "--save_state", state, out="begun")
-  for flags in (("--guidance", 1), ("--attention", "dense")):
+  for flags in (("--guidance", 1), ("--attention", "dense"), ("--slots", "float8")):
     line = refused_sample("--continue_state", state, *flags)
-    assert f"--continue_state: {state} does not fit this model, --attention and --guidance" in line
+    assert f"--continue_state: {state} does not fit this model, --attention, --slots and --guidance" in line
   whole = state.read_bytes()
   state.write_bytes(whole[: len(whole) // 2])
   assert f"--continue_state: {state}: damaged" in refused_sample("--continue_state", state)
@@ -164,6 +165,8 @@ def test_a_failure_on_the_way_leaves_no_part_of_a_video(run_sample, tmp_path, mo
     ("train.init=absent", "absent is not a folder"),
     ("train.average_with=absent", "config.train.average_with: 'absent'; want '' without an init"),
     ("memory.top_k=2", "config.memory.top_k: 2.0; want a fraction"),
+    ("memory.slots=fp8", "config.memory.slots: 'fp8'; want one of model, float8"),
+    ("memory.slots=float8", "config.memory.slots: float8; training wants model"),
     ("data.source=web", "config.data.source: 'web'; accepted are digits, folder"),
     ("model.latent_size=34,34", "(3, 17, 17)"),  # no tile of the config divides it; the line names some that fit
     ("model.latent_size=31,32", "latent_size: (31, 32)"),

@@ -22,9 +22,9 @@ def without_flight(rows: dict) -> dict:
 
 
 @pytest.mark.parametrize("attention", sampling.ATTENTION)
-@pytest.mark.parametrize("guidance", [1, 6])
-def test_predicted_are_the_arrays_of_a_run(model_folder, attention, guidance):
-  sampler = Sampler(model_folder, attention, guidance=guidance)
+@pytest.mark.parametrize(("guidance", "slots"), [(1, "float8"), (6, "model")])
+def test_predicted_are_the_arrays_of_a_run(model_folder, attention, guidance, slots):
+  sampler = Sampler(model_folder, attention, slots=slots, guidance=guidance)
   memory = sampler.start(["a red 3", "a blue 7"])
   predicted = ledger.predict(sampler.config, sampler.parts.around, batch=2)
   measured = ledger.measure(sampler.parts, sampler.config.memory, memory, sampler.parts.start(2))

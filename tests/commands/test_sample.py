@@ -87,6 +87,20 @@ def test_save_and_continue_equals_the_unbroken_video(run_sample, tmp_path):
     assert (fork.frames != on.frames[:16]).mean() > 0.05
 
 
+def test_float8_slots_are_saved_bit_for_bit(run_sample, refused_sample, tmp_path):
+  flags, state = (*BLUE, "--seed", 3, "--guidance", 1, "--slots", "float8"), tmp_path / "state.npz"
+  unbroken = run_sample(*flags, "--seconds", 33 / 16)
+  begun = run_sample(*flags, "--seconds", 21 / 16, "--save_state", state, out="b")
+  on = run_sample(*flags, "--seconds", 12 / 16, "--continue_state", state, out="c")
+  np.testing.assert_array_equal(np.concatenate([begun.frames, on.frames]), unbroken.frames)
+  assert unbroken.record["kv_bytes"]["measured"] == unbroken.record["kv_bytes"]["predicted"]["kv"]
+  usual = run_sample(*BLUE, "--seed", 3, "--guidance", 1, "--seconds", 33 / 16, out="d")
+  np.testing.assert_array_equal(usual.frames[:9], unbroken.frames[:9])  # the first chunk reads itself alone
+  assert usual.record["kv_bytes"]["measured"] > 3.8 * unbroken.record["kv_bytes"]["measured"]  # of float32
+  line = refused_sample("--continue_state", state, "--guidance", 1)
+  assert "does not fit this model, --attention, --slots and --guidance: k_scale is [" in line
+
+
 def test_a_schedule_changes_the_prompt_on_the_way(run_sample, tmp_path):
   flags = ("--seconds", 33 / 16, "--seed", 3)
   red = run_sample(*RED, *flags).frames

@@ -1,5 +1,7 @@
 """P taken away or swapped: exactly P, and nothing else; and how much of P holds a digit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,20 +22,21 @@ CFG = MemoryConfig(window=2, persistent=4, top_k=0.5, rope_cap=6)
 BLOCK = 64
 
 
-@pytest.fixture(scope="module")
-def memory():
+@pytest.fixture(scope="module", params=["model", "float8"])
+def memory(request):
   rng = np.random.default_rng(0)
   text = jnp.zeros((2, 4, 3, 2, 32))
-  m = kv.init_memory(MODEL, CFG, (text, text))
+  m = kv.init_memory(MODEL, dataclasses.replace(CFG, slots=request.param), (text, text))
   draw = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
   origin = jnp.asarray(rng.integers(0, 16, m.origin.shape), jnp.int32)
-  return m.replace(
-    k=draw(m.k), v=draw(m.v), pooled=draw(m.pooled), score=draw(m.score), origin=origin, chunk=m.chunk + 5
-  )
+  slots = jax.tree.map(draw, kv.slots_of(m))
+  return m.replace(**slots, pooled=draw(m.pooled), score=draw(m.score), origin=origin, chunk=m.chunk + 5)
 
 
 def test_emptying_leaves_the_window_and_what_it_reads(memory):
-  cfg, emptied = without_persistent(CFG, memory)
+  cfg, emptied = without_persistent(
+    dataclasses.replace(CFG, slots="model" if memory.k_scale is None else "float8"), memory
+  )
   fresh = kv.init_memory(MODEL, cfg, (memory.cross_k, memory.cross_v))
   assert jax.tree.map(jnp.shape, emptied) == jax.tree.map(jnp.shape, fresh)
   np.testing.assert_array_equal(emptied.k, memory.k[:, :, CFG.persistent * BLOCK :])

@@ -29,6 +29,7 @@ def state(seed=0):
     "step": jnp.int32(seed),
     "params": p,
     "half": jax.random.normal(jax.random.key(seed), (7,), jnp.bfloat16),
+    "quarter": jax.random.normal(jax.random.key(seed), (7,)).astype(jnp.float8_e4m3fn),
     "opt": tx.init(p),
     "keys": jax.random.split(jax.random.key(seed + 1), 3),
     "words": jax.random.key_data(jax.random.key(seed + 2)),

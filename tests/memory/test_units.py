@@ -48,6 +48,7 @@ def nbytes(*leaves):
   ("model", "cfg"),
   [
     (WAN, SPARSE),
+    (WAN, dataclasses.replace(SPARSE, slots="float8")),
     (tiny(latent_size=(4, 6), tile=(1, 2, 3)), MemoryConfig(window=2, persistent=5, top_k=0.3)),
     (tiny(latent_size=(8, 8), tile=(3, 2, 4), dtype="bfloat16"), MemoryConfig(window=4)),
   ],
@@ -56,11 +57,17 @@ def test_memory_bytes_is_exact(model, cfg, batch):
   text = jax.ShapeDtypeStruct((batch, model.text_len, model.text_dim), jnp.float32)
   m = jax.eval_shape(lambda p, t: rollout.start(model, cfg, p, t), rollout.abstract_params(model), text)
   assert kv.memory_bytes(model, cfg, batch) == {
-    "kv": nbytes(m.k, m.v, m.pooled),
+    "kv": nbytes(*jax.tree.leaves(kv.slots_of(m)), m.pooled),
     "cross": nbytes(m.cross_k, m.cross_v),
     "bookkeeping": nbytes(m.score, m.origin, m.chunk, m.rng),
   }
   assert sum(kv.memory_bytes(model, cfg, batch).values()) == nbytes(*jax.tree.leaves(m))
+
+
+def test_float8_slots_take_half_of_16_bit():
+  half, whole = (kv.memory_bytes(WAN, dataclasses.replace(SPARSE, slots=s)) for s in ("float8", "model"))
+  slots, scales = 2 * 30 * 294 * 64 * 1536, 2 * 30 * 294 * 12 * 4
+  assert whole["kv"] - half["kv"] == slots - scales == 1_733_235_840
 
 
 def test_default_memory_of_1_3b_is_42_percent_below_dense():

@@ -13,7 +13,7 @@ from pallas_kernels.pbsa import api
 from pallas_kernels.slots import mosaic_sm90 as slots
 from sfjax import axes, objective, rollout
 from sfjax.config import Config, Stage, load_config, to_dataclass
-from sfjax.memory import SPLIT
+from sfjax.memory import SPLIT, slots_of
 from sfjax.parts import in_compute_dtype
 from sfjax.wan_vae import WanVAEConfig
 
@@ -40,12 +40,19 @@ def lowered(mesh, fn, *args):
   return fn.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def split_of(memory):
+  """`SPLIT` of what the memory has."""
+  return SPLIT.replace(**{name: None for name, x in slots_of(memory).items() if x is None})
+
+
 def sums(text) -> list[str]:
   """Shapes of what devices sum, in no order."""
   return sorted(re.findall(r'"stablehlo.all_reduce".*?\}\) : \(tensor<([^>]+)>\)', text, re.S))
 
 
-def test_sampling_a_chunk(config):
+@pytest.mark.parametrize("slots", ["model", "float8"])
+def test_sampling_a_chunk(config, slots):
+  config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, slots=slots))
   mesh, model = AbstractMesh((1, 1, 1, 4), axes.AXES), config.model
   params, whole = rollout.abstract_params(model), PartitionSpec()
   text = jax.ShapeDtypeStruct((1, model.text_len, model.text_dim), jnp.float32)
@@ -54,7 +61,7 @@ def test_sampling_a_chunk(config):
   rest = jax.eval_shape(lambda: (jax.random.key(0), jnp.zeros(1, jnp.int32)))
   program = rollout.Compiled(model, config.memory, config.sampler, mesh).chunk
   args = [(x, whole) for x in (*rest, known, jax.ShapeDtypeStruct((3,), bool))]
-  text = lowered(mesh, program, (params, axes.split(params)), (memory, SPLIT), *args)
+  text = lowered(mesh, program, (params, axes.split(params)), (memory, split_of(memory)), *args)
   assert text.count("@mosaic_gpu_v2") == 2 and "all_gather" not in text  # pbsa of a denoising pass and of the commit
   norms, widths = ["1x1x4680x1xf32"] * 3, ["1x1x4680x1536xbf16", "1x1x4680x1536xbf16", "1x4992x1536xbf16"]
   assert sums(text) == sorted(2 * (norms + widths))
