@@ -191,6 +191,11 @@ class Config:
     if any(known) and not self.distill.teacher:
       raise ValueError(f"train.stages: known is {known}; want 0 without a distill.teacher")
 
+  def check_trains(self) -> None:
+    """Raises UserError: a model of rounded weights, which is for sampling alone."""
+    if self.model.linear != ModelConfig.linear:
+      raise UserError(f"config.model.linear: {self.model.linear}; want {ModelConfig.linear} in training")
+
 
 def to_config_dict(config) -> ConfigDict:
   """A dataclass as a locked ConfigDict, ready for overrides; every value has its field's type (1 becomes 1.0)."""

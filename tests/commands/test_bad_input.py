@@ -36,6 +36,7 @@ def broken(model_folder, tmp_path):
     ("--attention some", "--attention: invalid choice: 'some' (choose from"),
     ("--routing never", "--routing: invalid choice: 'never' (choose from"),
     ("--commit none", "--commit: invalid choice: 'none' (choose from"),
+    ("--linear int4", "--linear: invalid choice: 'int4' (choose from"),
     ("--sparse", "unrecognized arguments: --sparse"),
     ("--image a.png --video a.mp4", "--image: not together with --video"),
     ("--image a.png --continue_state s", "--continue_state: not together with --image"),
