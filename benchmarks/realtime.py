@@ -13,7 +13,7 @@ chunks over that of the first four full ones. One video a memory, of the longest
 
 --routing and --commit time the sampler's options, every memory with each of them: lists found in every step or once a chunk;
 K/V kept from a clean pass, or from the last step, which is a pass less ("passes" of a run: those of a chunk). --slots, too:
-K/V of earlier chunks in the model's dtype, or in float8.
+K/V of earlier chunks in the model's dtype, or in float8; and --linear: a layer's products in the model's dtype, or in float8.
 
 --streams N makes N videos together, each with its own memory and noise: frames and bytes are those of all, times those of a
 chunk of each.
@@ -53,7 +53,8 @@ from sfjax.data.digits import first_frame
 from sfjax.errors import Parser, UserError, command
 from sfjax.flow import COMMITS, ROUTING
 from sfjax.memory import held_bytes, memory_bytes
-from sfjax.parts import Around, Parts, in_compute_dtype, wan_parts
+from sfjax.model import LINEAR
+from sfjax.parts import Around, Parts, as_stored, in_compute_dtype, wan_parts, with_linear
 from sfjax.routing import SLOTS, MemoryConfig
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
 from sfjax.sampling import ATTENTION, Sampler
@@ -84,11 +85,12 @@ def random_weights(like, seed: int):
 
 def random_parts(config: Config, vae: WanVAEConfig, seed: int = 0, devices: int = 1) -> Parts:
   """What `load_parts` would read from a folder of such sizes; the text is 40 random rows."""
-  config, vae = in_compute_dtype(config, vae)
+  linear = config.model.linear
+  config, vae = in_compute_dtype(as_stored(config), vae)
   model, mesh = config.model, cluster.heads_mesh(devices, config.model)
   row = jnp.arange(model.text_len)[:, None] < 40
   text = jax.random.normal(jax.random.key(seed + 2), (1, model.text_len, model.text_dim)) * row
-  return wan_parts(
+  parts = wan_parts(
     config,
     Around(vae=vae),
     dit=random_weights(cluster.laid_out(mesh, rollout.abstract_params(model)), seed),
@@ -97,6 +99,7 @@ def random_parts(config: Config, vae: WanVAEConfig, seed: int = 0, devices: int 
     text=lambda captions: jnp.repeat(text, len(captions), 0),
     mesh=mesh,
   )
+  return with_linear(parts, linear)
 
 
 def memory_of(config: Config, attention: str, chunks: int) -> MemoryConfig:
@@ -170,7 +173,7 @@ def rows_of(
   """A memory's run of the longest video that fits, and a row for each of `seconds` and for that length if it is another."""
   config = parts.config
   made = {"attention": attention, "routing": config.sampler.routing, "commit": config.sampler.commit}
-  made |= {"slots": config.memory.slots}
+  made |= {"slots": config.memory.slots, "linear": config.model.linear}
   wanted = {ledger.chunks_of(config, s): s for s in sorted(seconds)}
   longest = fitting(parts, attention, max(wanted), spare, streams)
   run, rows = {}, []
@@ -224,6 +227,7 @@ def main(argv: list[str]) -> None:
   p.add_argument("--routing", nargs="+", choices=ROUTING, help="default: the config's")
   p.add_argument("--commit", nargs="+", choices=COMMITS, help="default: the config's")
   p.add_argument("--slots", nargs="+", choices=SLOTS, help="default: the config's")
+  p.add_argument("--linear", nargs="+", choices=LINEAR, help="default: the config's")
   p.add_argument("--seconds", type=float, nargs="+", default=[5.0, 20.0, 60.0, 300.0], help="of video")
   p.add_argument(
     "--clip", type=int, default=21, metavar="LATENTS", help="length of the clip decoded as a whole; 0: none"
@@ -244,7 +248,14 @@ def main(argv: list[str]) -> None:
   # Before JAX has taken the device's memory.
   peer = self_forcing_peer.run_beside(a.self_forcing) if a.self_forcing else {}
   keep_programs()
-  parts, runs, rows, decoder = random_parts(config, WanVAEConfig(dim=a.vae_dim), devices=a.devices), [], [], {}
+  runs, rows, decoder = [], [], {}
+
+  def made(linear):
+    model = dataclasses.replace(config.model, linear=linear)
+    return random_parts(dataclasses.replace(config, model=model), WanVAEConfig(dim=a.vae_dim), devices=a.devices)
+
+  linears = a.linear or [config.model.linear]
+  parts = made(linears[0])
 
   def save():
     measured = {"decoder": decoder, "runs": runs, "rows": rows, "self_forcing": peer}
@@ -264,9 +275,12 @@ def main(argv: list[str]) -> None:
     print(peer_line(row, config.data.fps), flush=True)
   save()
   own = config.sampler
-  for attention, routing, commit, slots in itertools.product(
-    a.attention, a.routing or [own.routing], a.commit or [own.commit], a.slots or [config.memory.slots]
+  for linear, attention, routing, commit, slots in itertools.product(
+    linears, a.attention, a.routing or [own.routing], a.commit or [own.commit], a.slots or [config.memory.slots]
   ):
+    if linear != parts.config.model.linear:
+      parts = asked = None  # before the next weights come
+      parts = made(linear)
     spare = max((n for r in runs for n in r["device_bytes"]["workspace"].values()), default=0)
     sampler = dataclasses.replace(own, routing=routing, commit=commit)
     memory = dataclasses.replace(config.memory, slots=slots)

@@ -4,6 +4,7 @@ import pathlib
 
 from sfjax.data.digits import first_frame
 from sfjax.flow import SamplerConfig
+from sfjax.model import ModelConfig
 from sfjax.runlog import replacing
 
 _COLUMNS = (
@@ -26,9 +27,10 @@ def _ms(x: dict) -> str:
 
 
 def _name(made: dict) -> str:
-  """The memory of a run or row, and its and the sampler's options where they are not the defaults."""
-  changed = [name for name in ("routing", "commit") if made[name] != getattr(SamplerConfig(), name)]
-  changed += ["slots"] if made["slots"] != "model" else []
+  """The memory of a run or row, and the options that are not the defaults."""
+  usual = {"routing": SamplerConfig.routing, "commit": SamplerConfig.commit}
+  usual |= {"slots": "model", "linear": ModelConfig.linear}
+  changed = [name for name, value in usual.items() if made[name] != value]
   return ", ".join([made["attention"], *(f"{name} {made[name]}" for name in changed)])
 
 

@@ -22,6 +22,8 @@ BATCH = PartitionSpec(BATCH_AXES)
 # How parameters are split along "tensor", by the end of their path; so are their averages and the optimiser's states.
 RULES = (
   (r"_attn/[qkv]/kernel", PartitionSpec(None, None, "tensor")),
+  (r"(_attn/[qkv]|blocks/ffn_in)/kernel_t", PartitionSpec(None, "tensor")),
+  (r"(_attn/o|blocks/ffn_out)/kernel_t", PartitionSpec(None, None, "tensor")),
   (r"_attn/([qkv]/bias|norm_[qk])", PartitionSpec(None, "tensor")),
   (r"_attn/o/kernel", PartitionSpec(None, "tensor")),
   (r"blocks/ffn_in/kernel", PartitionSpec(None, None, "tensor")),

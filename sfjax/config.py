@@ -202,6 +202,13 @@ class Config:
     if any(known) and not self.distill.teacher:
       raise ValueError(f"train.stages: known is {known}; want 0 without a distill.teacher")
 
+  def check_trains(self) -> None:
+    """Raises UserError: rounded weights or slots, which carry no gradient and are for sampling alone."""
+    if self.model.linear != ModelConfig.linear:
+      raise UserError(f"config.model.linear: {self.model.linear}; want {ModelConfig.linear} in training")
+    if self.memory.slots != MemoryConfig.slots:
+      raise UserError(f"config.memory.slots: {self.memory.slots}; want {MemoryConfig.slots} in training")
+
 
 def to_config_dict(config) -> ConfigDict:
   """A dataclass as a locked ConfigDict, ready for overrides; every value has its field's type (1 becomes 1.0)."""

@@ -25,8 +25,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     action="append",
     metavar="NAME=DIR[,KEY=VALUE]...",
     help="a model folder under a name; repeat for several. Keys: attention (sparse, window, dense), the sampler's "
-    "routing (step, chunk) and commit (clean, last), and any key of the memory, as in importance=random. The first arm is "
-    "what the others are compared with. Default: the shipped model",
+    "routing (step, chunk) and commit (clean, last), the model's linear (dtype, float8), and any key of the memory, as in "
+    "importance=random. The first arm is what the others are compared with. Default: the shipped model",
   )
   p.add_argument("--task", choices=TASKS, default="prompt", help="digits named by a prompt, or hidden in a real clip")
   p.add_argument("--seconds", type=float, nargs="+", default=[5.0], help="prompt task: horizons, as in 5 20 60")

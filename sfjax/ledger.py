@@ -218,6 +218,7 @@ def main(argv: list[str]) -> None:
     loaded = load_config(a.config)
   config = to_dataclass(Config, apply_overrides(loaded, overrides))
   if a.training:
+    config.check_trains()
     from sfjax import training_ledger  # only here: it loads what training needs
 
     teacher, critic = training_ledger.judges(config, a.teacher, a.critic)

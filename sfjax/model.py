@@ -17,9 +17,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sfjax import float8
 from sfjax.axes import mean, total
 from sfjax.rope import phase, rope_angles, rotate
 from sfjax.tiles import BlockLayout
+
+LINEAR = ("dtype", "float8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,8 @@ class ModelConfig:
     prediction: what the network's output means, "flow" (Wan: noise - x0) or "x0".
     importance_head: one linear map per layer and head on a block's mean values (learned importance); absent from Wan's weights.
     remat: "none", "full", or "dots" (keep matrix products); the attention's plan is kept in any case.
+    linear: what the products of every token with a layer's weights take: "dtype", or "float8", see `sfjax.float8`; that model
+      has other parameters, `float8.quantised` makes them, and is not trained.
   """
 
   dim: int
@@ -52,6 +57,7 @@ class ModelConfig:
   dtype: str = "bfloat16"
   param_dtype: str = "float32"
   remat: str = "none"
+  linear: str = "dtype"
 
   def __post_init__(self):
     for name, ok, want in (
@@ -63,6 +69,7 @@ class ModelConfig:
       ("prediction", self.prediction in ("flow", "x0"), "flow or x0"),
       ("remat", self.remat in ("none", "full", "dots"), "none, full or dots"),
       ("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
+      ("linear", self.linear in LINEAR, f"one of {', '.join(LINEAR)}"),
     ):
       if not ok:
         raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
@@ -129,23 +136,48 @@ class Linear(nnx.Module):
     self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), jnp.dtype(cfg.param_dtype)))
     self.bias = nnx.Param(jnp.zeros((d_out,), jnp.dtype(cfg.param_dtype)))
 
+  def _times(self, x):
+    """x W; with 8-bit floats it may have some rows more."""
+    return x @ self.kernel[...].astype(x.dtype)
+
   def product(self, x):
-    """x W, kept apart."""
-    return jax.lax.optimization_barrier(x @ self.kernel[...].astype(x.dtype))
+    """x W, kept apart, and whatever rows more."""
+    return jax.lax.optimization_barrier(self._times(x))
 
   def joined(self, x):
-    """y in x's dtype, for a GELU to follow: all in one product's epilogue on a GPU."""
-    return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+    """y in x's dtype, for a GELU to follow: all in one product's epilogue on a GPU; and whatever rows more."""
+    return self._times(x) + self.bias[...].astype(x.dtype)
 
   def _finished(self, product):
     return wide(product) + as_used(self.bias, product.dtype)
 
   def __call__(self, x):
-    return self._finished(self.product(x))
+    return self._finished(self.product(x)[..., : x.shape[-2], :])
 
   def summed(self, x):
     """The same, where x and W's rows are split over devices as `sfjax.axes` says."""
-    return self._finished(total(self.product(x)))
+    return self._finished(total(self.product(x)[..., : x.shape[-2], :]))
+
+
+class Float8Linear(Linear):
+  """y = x W + b, its factors rounded to 8-bit floats; x is taken as it is."""
+
+  def __init__(self, cfg: ModelConfig, d_in: int, d_out: int, rngs: nnx.Rngs):
+    dtype = jnp.dtype(cfg.param_dtype)
+    self.kernel_t, self.scale = map(nnx.Param, float8.weights(_xavier(rngs.params(), (d_in, d_out), dtype)))
+    self.bias = nnx.Param(jnp.zeros((d_out,), dtype))
+
+  def _times(self, x):
+    return float8.product(float8.rounded(x), self.kernel_t[...], self.scale[...], x.dtype)
+
+
+class Float8RowsLinear(Float8Linear):
+  """The same for rows of any size: each has a scale."""
+
+  def product(self, x):
+    rows, scale = float8.by_rows(x)
+    y = jax.lax.optimization_barrier(float8.product(rows, self.kernel_t[...], self.scale[...], x.dtype))
+    return (wide(y[..., : x.shape[-2], :]) * scale).astype(x.dtype)
 
 
 def layer_norm(x, eps: float):
@@ -177,9 +209,11 @@ def dense_attention(q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: F
 class Attention(nnx.Module):
   """Projections shared by self- and cross-attention: q, k, v, o with bias, RMSNorm on the whole q and k vectors."""
 
-  def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, key_value=Linear):
     self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
-    self.q, self.k, self.v, self.o = (Linear(cfg, cfg.dim, cfg.dim, rngs) for _ in range(4))
+    query, out = (Float8Linear, Float8RowsLinear) if cfg.linear == "float8" else (Linear, Linear)
+    kinds = query, key_value, key_value, out
+    self.q, self.k, self.v, self.o = (kind(cfg, cfg.dim, cfg.dim, rngs) for kind in kinds)
     self.norm_q, self.norm_k = (nnx.Param(jnp.ones((cfg.dim,), jnp.dtype(cfg.param_dtype))) for _ in range(2))
 
   def _heads(self, x):
@@ -203,7 +237,7 @@ class Attention(nnx.Module):
     return q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
 
   def unfinished(self, x: Float[Array, "*B T D"]):
-    """The products q, k, v [*B,T,D] and, [5,D], what finishes them: their biases and the norms' weights of q and k."""
+    """The products q, k, v [*B,R,D], R >= T, and, [5,D], what finishes them: their biases and the norms' weights of q and k."""
     parts = self.q, self.k, self.v
     vectors = [*(p.bias for p in parts), self.norm_q, self.norm_k]
     return [p.product(x) for p in parts], jnp.stack([a[...] for a in vectors]).astype(x.dtype)
@@ -219,12 +253,13 @@ class Block(nnx.Module):
   def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
     self.cfg = cfg
     dtype = jnp.dtype(cfg.param_dtype)
-    self.self_attn = Attention(cfg, rngs)
-    self.cross_attn = Attention(cfg, rngs)
+    linear = Float8Linear if cfg.linear == "float8" else Linear
+    self.self_attn = Attention(cfg, rngs, linear)
+    self.cross_attn = Attention(cfg, rngs)  # its keys and values are the text's, found once a prompt
     self.norm3_scale = nnx.Param(jnp.ones((cfg.dim,), dtype))
     self.norm3_bias = nnx.Param(jnp.zeros((cfg.dim,), dtype))
-    self.ffn_in = Linear(cfg, cfg.dim, cfg.ffn_dim, rngs)
-    self.ffn_out = Linear(cfg, cfg.ffn_dim, cfg.dim, rngs)
+    self.ffn_in = linear(cfg, cfg.dim, cfg.ffn_dim, rngs)
+    self.ffn_out = linear(cfg, cfg.ffn_dim, cfg.dim, rngs)
     self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, cfg.dim), dtype) * cfg.dim**-0.5)
     if cfg.importance_head:
       self.importance_kernel = nnx.Param(jnp.zeros((cfg.heads, cfg.head_dim), jnp.float32))
@@ -256,9 +291,11 @@ class Block(nnx.Module):
     out = dense_attention(flat, *text_kv).reshape(q.shape)
     x = added(x, self.cross_attn.out(out))
 
-    h = self.ffn_in.joined(modulated(layout, x, m[3], m[4], cfg.eps))
-    h = self.ffn_out.summed(jax.nn.gelu(h, approximate=True))
-    return added(x, gated(h, m[5])), *rest
+    h = modulated(layout, x, m[3], m[4], cfg.eps).reshape(
+      -1, cfg.dim
+    )  # rows alone: so GELU and rounding join a product
+    y = self.ffn_out.summed(jax.nn.gelu(self.ffn_in.joined(h), approximate=True))[: h.shape[0]]
+    return added(x, gated(y.reshape(x.shape), m[5])), *rest
 
 
 class DiT(nnx.Module):
@@ -352,22 +389,25 @@ class DiT(nnx.Module):
 
 
 def _pack_vectors(stacked, dtype):
-  """A stack of layers with all its vectors of that dtype in one array, and the way back for one layer's slice of it.
+  """A stack of layers with all its vectors and numbers of that dtype in one array, and the way back for a layer's slice of it.
 
   A loop slices every array of the stack in a kernel of its own, which for a vector takes longer to start than to run.
   """
   leaves, tree = jax.tree.flatten(stacked)
   vectors = {i: x.shape[1] for i, x in enumerate(leaves) if x.ndim == 2 and x.dtype == dtype}
-  packed = jnp.concatenate([leaves[i] for i in vectors], 1)
+  numbers = [i for i, x in enumerate(leaves) if x.ndim == 1 and x.dtype == dtype]
+  packed = jnp.concatenate([*(leaves[i] for i in vectors), *(leaves[i][:, None] for i in numbers)], 1)
 
   def unpack(packed_and_rest):
     row, rest = packed_and_rest
     # The barrier keeps XLA from slicing the stack once for each vector after all.
-    parts = jnp.split(jax.lax.optimization_barrier(row), np.cumsum([*vectors.values()])[:-1])
+    *parts, last = jnp.split(jax.lax.optimization_barrier(row), np.cumsum([*vectors.values()]))
     parts, rest = dict(zip(vectors, parts, strict=True)), iter(rest)
+    # Numbers are float32 where products use them; the barrier keeps them in one kernel.
+    parts |= dict(zip(numbers, jax.lax.optimization_barrier([*wide(last)]), strict=True))
     return jax.tree.unflatten(tree, [parts[i] if i in parts else next(rest) for i in range(len(leaves))])
 
-  return (packed, [x for i, x in enumerate(leaves) if i not in vectors]), unpack
+  return (packed, [x for i, x in enumerate(leaves) if i not in {*vectors, *numbers}]), unpack
 
 
 def _remat(fn, policy: str):

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from sfjax import checkpoint, cluster, rollout, streamed, wan
+from sfjax import checkpoint, cluster, float8, rollout, streamed, wan
 from sfjax.codec import DigitsCodec
 from sfjax.config import Config, to_dataclass, to_dict
 from sfjax.errors import UserError
@@ -94,7 +94,33 @@ def load_parts(directory, devices: int = 1) -> Parts:
   if jax.devices()[0].platform == "cpu":  # bfloat16 is emulated there
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
   folder, mesh = pathlib.Path(directory), cluster.heads_mesh(devices, config.model)
-  return _wan(folder, config, mesh) if (folder / "dit").is_dir() else _digits(folder, config, mesh)
+  linear, config = config.model.linear, as_stored(config)
+  return with_linear((_wan if (folder / "dit").is_dir() else _digits)(folder, config, mesh), linear)
+
+
+def as_stored(config: Config) -> Config:
+  """The config with a model whose parameters are a folder's: none of them rounded."""
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, linear=ModelConfig.linear))
+
+
+def with_linear(parts: Parts, linear: str) -> Parts:
+  """The same folder, its layers' weights for products of that kind, see `ModelConfig.linear`.
+
+  Raises:
+    UserError: there is no such kind. ValueError: the weights are rounded already.
+  """
+  if linear == parts.config.model.linear:
+    return parts
+  if parts.config.model.linear != ModelConfig.linear:
+    raise ValueError(f"linear: {linear!r}; the weights are for {parts.config.model.linear!r} alone")
+  try:
+    model = dataclasses.replace(parts.config.model, linear=linear)
+  except ValueError as e:
+    raise UserError(f"--{e}") from e
+  like = rollout.abstract_params(model)
+  where = parts.mesh and cluster.shardings(parts.mesh, like)
+  rounded = jax.jit(lambda params: float8.quantised(params, like), out_shardings=where)
+  return dataclasses.replace(parts, config=dataclasses.replace(parts.config, model=model), dit=rounded(parts.dit))
 
 
 def of_wan(model: ModelConfig) -> bool:

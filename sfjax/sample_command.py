@@ -15,6 +15,7 @@ from sfjax.config import to_dict
 from sfjax.errors import Parser, UserError
 from sfjax.flow import COMMITS, ROUTING
 from sfjax.memory import KVMemory, held_bytes
+from sfjax.model import LINEAR
 from sfjax.routing import SLOTS
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
 
@@ -32,6 +33,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
   p.add_argument("--routing", choices=ROUTING, help="what a query reads is found in every step, or in a chunk's first")
   p.add_argument("--commit", choices=COMMITS, help="what is kept of a chunk: a clean pass's keys, or its last step's")
   p.add_argument("--slots", choices=SLOTS, help="K and V of earlier chunks in the model's dtype, or in half of 16 bit")
+  p.add_argument(
+    "--linear", choices=LINEAR, help="products with a layer's weights in the model's dtype, or in 8-bit floats"
+  )
   p.add_argument("--seed", type=int, default=0)
   p.add_argument("--out", default="out", help="folder for video, contact sheet and run.json")
   p.add_argument("--attention", default="sparse", choices=sampling.ATTENTION)
@@ -104,7 +108,8 @@ def run(argv: list[str]) -> None:
   began = time.perf_counter()
   keep_programs()
   overrides = {name: getattr(a, name) for name in ("steps", "guidance", "routing", "commit")}
-  sampler = sampling.Sampler(a.checkpoint, a.attention, a.tiny_decoder, a.devices, a.slots, **overrides)
+  low = {"slots": a.slots, "linear": a.linear}
+  sampler = sampling.Sampler(a.checkpoint, a.attention, a.tiny_decoder, a.devices, **low, **overrides)
   for flag, texts in a.texts.items():
     sampler.parts.check(texts, flag)
   sampler.text(sum(a.texts.values(), []) or a.prompts)  # together: an encoder loaded for new prompts is loaded once

@@ -16,7 +16,7 @@ from sfjax import rollout
 from sfjax.config import Config
 from sfjax.errors import UserError
 from sfjax.memory import KVMemory, memory_bytes
-from sfjax.parts import Parts, load_parts, with_tiny_decoder
+from sfjax.parts import Parts, load_parts, with_linear, with_tiny_decoder
 from sfjax.routing import MemoryConfig
 
 SHIPPED = pathlib.Path(__file__).parent.parent / "checkpoints" / "digits"
@@ -39,17 +39,21 @@ class Sampler:
   Args:
     model: a model folder, or one that `load_parts` has read. attention: "sparse" (the trained memory), "window" or "dense".
     tiny_decoder: a file, see `with_tiny_decoder`. devices: of this machine, to share the heads of a folder's model; a loaded
-      one has its own. slots: of the memory, "model" or "float8". overrides: of the config's sampler, as steps=4; None leaves
-      each as it is.
+      one has its own. slots: of the memory, "model" or "float8". linear: see `ModelConfig`. overrides: of the config's sampler,
+      as steps=4. None leaves each of these as it is.
 
   Raises:
     UserError: the folder is absent, damaged or of another config, or see `cluster.heads_mesh`.
   """
 
-  def __init__(self, model=SHIPPED, attention="sparse", tiny_decoder=None, devices=1, slots=None, **overrides):
+  def __init__(
+    self, model=SHIPPED, attention="sparse", tiny_decoder=None, devices=1, slots=None, linear=None, **overrides
+  ):
     self.parts = model if isinstance(model, Parts) else load_parts(model, devices)
     if tiny_decoder:
       self.parts = with_tiny_decoder(self.parts, tiny_decoder)
+    if linear:
+      self.parts = with_linear(self.parts, linear)
     config = self.parts.config
     changes = {name: value for name, value in overrides.items() if value is not None}
     memory = attention_preset(config, attention)

@@ -110,10 +110,11 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   """Trains to the end, or from the newest checkpoint of `workdir` on; returns the exported model's folder.
 
   Raises:
-    UserError: a folder that cannot be written, an unknown data source, a step too large for a device, gradients that stay not
-      finite.
+    UserError: a folder that cannot be written, a model for sampling alone, an unknown data source, a step too large for a
+      device, gradients that stay not finite.
     KeyboardInterrupt, SystemExit: after Ctrl-C, and with code 0 after SIGTERM, with all that was done saved.
   """
+  config.check_trains()
   mesh = cluster.make_mesh(config.train.fsdp, config.train.tensor, config.train.context)
   asked_for, config = config, with_batches(config)
   t, work = config.train, task(config)
@@ -121,8 +122,6 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   workdir = make_folder(workdir, "--workdir")
   cluster.check_tensor(t.tensor, models(config))
   check_context(config)
-  if config.memory.slots != "model":
-    raise UserError(f"config.memory.slots: {config.memory.slots}; training wants model, as float8 carries no gradient")
   for stage in t.stages:
     for part in stage.parts:
       if part.batch % (mesh.size // t.together):

@@ -17,9 +17,9 @@ IMPLEMENTATIONS = ("mosaic_sm90", "xla")
 
 
 def to_slots(
-  q: Float[Array, "B T D"],
-  k: Float[Array, "B T D"],
-  v: Float[Array, "B T D"],
+  q: Float[Array, "B R D"],
+  k: Float[Array, "B R D"],
+  v: Float[Array, "B R D"],
   vectors: Float[Array, "5 D"],
   cos: Float[Array, "T half"],
   sin: Float[Array, "T half"],
@@ -37,7 +37,8 @@ def to_slots(
   All in float32, rounded once, where it is written; the means are of what is written.
 
   Args:
-    q, k, v: products with their weights. vectors: the biases of q, k and v and the norms' weights of q and k, in one array.
+    q, k, v: products with their weights, R >= T; rows past T are not read.
+    vectors: the biases of q, k and v and the norms' weights of q and k, in one array.
     cos, sin: of each token's angles, float32; the pair (2 j, 2 j + 1) of every head turns by angle j.
     k_slots, v_slots: the stacked cache, written in place where it is donated: blocks first .. first + K - 1 of `layer`.
     valid: tokens of a block; the slots behind them become zero.
@@ -49,9 +50,10 @@ def to_slots(
   Raises:
     ValueError: wrong shapes or dtypes. NotImplementedError: the implementation cannot do this.
   """
-  b, t, d = q.shape
+  (b, r, d), t = q.shape, cos.shape[0]
   *_, slots, n, h = k_slots.shape
   for name, x, want in (
+    ("q", q, (b, max(r, t), d)),
     ("k", k, q.shape),
     ("v", v, q.shape),
     ("vectors", vectors, (5, d)),
@@ -74,7 +76,7 @@ def to_slots(
     raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
   args = (q, k, v, vectors, cos, sin, k_slots, v_slots, layer, first)
   if implementation in (None, "mosaic_sm90"):
-    reason = mosaic_sm90.unsupported(q, (n, h), valid)
+    reason = mosaic_sm90.unsupported(q, t, (n, h), valid)
     if implementation and reason:
       raise NotImplementedError(reason)
     if reason is None:
@@ -86,6 +88,7 @@ def by_xla(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, firs
   """What the kernel is held to."""
   wide = jnp.promote_types(q.dtype, jnp.float32)
   n, h = k_slots.shape[-2:]
+  q, k, v = (x[:, : cos.shape[0]] for x in (q, k, v))
 
   def turned(x, weight):
     y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * weight

@@ -23,7 +23,7 @@ PAIRS = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, 1, 32, 2),)), warp_dims=(-4,), l
 BY_ROW, BY_COLUMN, BY_ANGLE = PAIRS.reduce((1, 2, 3)), PAIRS.reduce(0), PAIRS.reduce((1, 3))
 
 
-def unsupported(q, heads: tuple[int, int], valid: int) -> str | None:
+def unsupported(q, tokens: int, heads: tuple[int, int], valid: int) -> str | None:
   """Why this implementation cannot serve a call, or None. heads: (N, H)."""
   n, h = heads
   device = current_device()
@@ -33,14 +33,14 @@ def unsupported(q, heads: tuple[int, int], valid: int) -> str | None:
     return f"q: dtype {q.dtype}; mosaic_sm90 wants bfloat16"
   if h % 64 or n * h > WIDEST:
     return f"q: {n} heads of {h}; mosaic_sm90 wants heads of a multiple of 64, at most {WIDEST} in all"
-  if valid % ROWS or q.shape[1] // valid % 2:
-    return f"valid: {q.shape[1] // valid} blocks of {valid}; mosaic_sm90 wants multiples of 2 and {ROWS}"
+  if valid % ROWS or q.shape[1] % ROWS or tokens // valid % 2:
+    return f"valid: {tokens // valid} blocks of {valid}; mosaic_sm90 wants multiples of 2 and {ROWS}"
   return None
 
 
 def to_slots(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, first, interpret=None):
   """See `api.to_slots`; in place of means come the sums of each block's P parts, [3,B,K,P,N,H]."""
-  b, t, _ = q.shape
+  (b, r, _), t = q.shape, cos.shape[0]
   n, h = k_slots.shape[-2:]
   blocks, groups = t // valid, valid // ROWS
   steps = max(s for s in range(1, MOST_STEPS + 1) if groups % s == 0)
@@ -75,7 +75,7 @@ def to_slots(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, fi
       return x * c + jnp.where(first, -other, one) * s
 
     def run(i, target, base):
-      raw = [load(products[i].at[rows(batch * t, block * valid, row(step))]) for step in range(steps)]
+      raw = [load(products[i].at[rows(batch * r, block * valid, row(step))]) for step in range(steps)]
       bias = over(load(vector_ref.at[i], BY_COLUMN).astype(jnp.float32), 1, 2, 3)
       total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), PAIRS)
       for step in range(steps):

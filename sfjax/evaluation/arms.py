@@ -49,7 +49,7 @@ class Arm:
 
 
 def load_arm(text: str, steps: int | None, guidance: float | None) -> Arm:
-  """NAME=DIR[,attention=...][,routing=...][,commit=...][,key=value of MemoryConfig...] as a loaded model.
+  """NAME=DIR[,attention=...][,routing=...][,commit=...][,linear=...][,key=value of MemoryConfig...] as a loaded model.
 
   Raises:
     UserError: not of this form, no such model, an unknown key or value.
@@ -62,7 +62,7 @@ def load_arm(text: str, steps: int | None, guidance: float | None) -> Arm:
   attention = overrides.pop("attention", "sparse")
   if attention not in sampling.ATTENTION:
     raise UserError(f"--arm {name}: attention={attention}; want one of {', '.join(sampling.ATTENTION)}")
-  own = {key: overrides.pop(key) for key in ("routing", "commit") if key in overrides}
+  own = {key: overrides.pop(key) for key in ("routing", "commit", "linear") if key in overrides}
   try:
     sampler = sampling.Sampler(directory, attention, steps=steps, guidance=guidance, **own)
     config = to_config_dict(sampler.config)

@@ -37,6 +37,7 @@ def broken(model_folder, tmp_path):
     ("--routing never", "--routing: invalid choice: 'never' (choose from"),
     ("--commit none", "--commit: invalid choice: 'none' (choose from"),
     ("--slots fp8", "--slots: invalid choice: 'fp8' (choose from"),
+    ("--linear int4", "--linear: invalid choice: 'int4' (choose from"),
     ("--sparse", "unrecognized arguments: --sparse"),
     ("--image a.png --video a.mp4", "--image: not together with --video"),
     ("--image a.png --continue_state s", "--continue_state: not together with --image"),
@@ -166,7 +167,7 @@ def test_a_failure_on_the_way_leaves_no_part_of_a_video(run_sample, tmp_path, mo
     ("train.average_with=absent", "config.train.average_with: 'absent'; want '' without an init"),
     ("memory.top_k=2", "config.memory.top_k: 2.0; want a fraction"),
     ("memory.slots=fp8", "config.memory.slots: 'fp8'; want one of model, float8"),
-    ("memory.slots=float8", "config.memory.slots: float8; training wants model"),
+    ("memory.slots=float8", "config.memory.slots: float8; want model in training"),
     ("data.source=web", "config.data.source: 'web'; accepted are digits, folder"),
     ("model.latent_size=34,34", "(3, 17, 17)"),  # no tile of the config divides it; the line names some that fit
     ("model.latent_size=31,32", "latent_size: (31, 32)"),

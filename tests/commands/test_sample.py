@@ -63,12 +63,14 @@ def test_same_flags_same_bits_and_each_flag_counts(run_sample, tmp_path):
 
 
 def test_attention_and_sampler_flags(run_sample):
-  flags = "--attention dense --guidance 1 --steps 1 --routing chunk --commit last".split()
+  flags = "--attention dense --guidance 1 --steps 1 --routing chunk --commit last --linear float8".split()
   run = run_sample(*RED, "--seconds", 0.1, *flags)
   memory, sampler = run.record["config"]["memory"], run.record["config"]["sampler"]
   assert (memory["window"], memory["persistent"], memory["top_k"]) == (7, 0, 1.0)
   assert (sampler["steps"], sampler["guidance"]) == (1, 1.0)
   assert (sampler["routing"], sampler["commit"]) == ("chunk", "last") and len(run.frames) == 2
+  assert run.record["config"]["model"]["linear"] == "float8"
+  assert run.record["device_bytes"]["measured"]["dit"] == run.record["device_bytes"]["predicted"]["dit"]
   assert run.record["kv_bytes"]["measured"] == run.record["kv_bytes"]["predicted"]["kv"]
 
 

@@ -63,6 +63,7 @@ def test_memory_with_interventions(model, tmp_path, capsys):
     (["--arm", "a=absent"], "--arm a: --checkpoint: absent is not a folder"),
     (["--arm", "a=MODEL,attention=full"], "--arm a: attention=full; want one of sparse, window, dense"),
     (["--arm", "a=MODEL,routing=never"], "--arm a: --routing: 'never'; want one of step, chunk"),
+    (["--arm", "a=MODEL,linear=int4"], "--arm a: --linear: 'int4'; want one of dtype, float8"),
     (["--arm", "a=MODEL,importanse=random"], "--arm a: importanse: no such key; did you mean importance?"),
     (["--arm", "a=MODEL,top_k=2"], "top_k: 2.0; want a fraction"),
     (["--arm", "a=MODEL,slots=fp8"], "slots: 'fp8'; want one of model, float8"),

@@ -76,13 +76,25 @@ def test_xla_equals_numpy(blocks, valid, dtype):
   check(to_slots(*x, valid=valid, eps=EPS, implementation="xla"), oracle(valid, *x), dtype)
 
 
+def longer(x, rows=4):
+  """The same arguments, with rows behind the products that nobody is to read."""
+  return *(jnp.pad(a, ((0, 0), (0, rows), (0, 0)), constant_values=jnp.nan) for a in x[:3]), *x[3:]
+
+
+def test_rows_past_the_tokens_are_not_read():
+  x = draw(jnp.float32, b=2)
+  check(to_slots(*longer(x), valid=60, eps=EPS, implementation="xla"), oracle(60, *x), jnp.float32)
+  with pytest.raises(ValueError, match=r"^q: shape \(2, 116, 256\); want \(2, 120, 256\)"):
+    to_slots(*(a[:, :116] for a in x[:3]), *x[3:], valid=60, eps=EPS)
+
+
 @pytest.mark.parametrize(
   "shape", [dict(valid=60, n=2, h=128), dict(b=2, valid=16, n=3, h=64), dict(valid=64, n=1, h=128)]
 )
 def test_the_kernel_in_the_interpreter(shape):
   x, valid = draw(jnp.bfloat16, **shape), shape["valid"]
   try:
-    *slots, sums = mosaic_sm90.to_slots(valid, EPS, *x, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    *slots, sums = mosaic_sm90.to_slots(valid, EPS, *longer(x), interpret=plgpu.InterpretGPUParams(detect_races=True))
     check((*slots, sums.sum(3) / valid), oracle(valid, *x), jnp.bfloat16)
     assert not interpreter.get_races().races_found
   finally:

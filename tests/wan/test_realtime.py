@@ -59,12 +59,15 @@ def test_a_row_for_every_attention_and_length(tmp_path, capsys):
 def test_streams_are_made_together_with_the_samplers_options(tmp_path, capsys):
   flags = [f"--config.model.{x}" for x in TINY]
   flags += ["--config.memory.window=2", "--config.memory.persistent=4", "--config.sampler.steps=2"]
-  flags += "--vae_dim 8 --clip 0 --attention sparse --routing chunk --commit last --slots float8".split()
-  realtime.main([*flags, "--seconds", "2", "--streams", "2", "--out", str(tmp_path)])
+  flags += (
+    "--vae_dim 8 --clip 0 --attention sparse --routing chunk --commit last --slots float8 --linear float8".split()
+  )
+  flags += "--seconds 2 --streams 2 --out".split()
+  realtime.main([*flags, str(tmp_path)])
   record = json.loads((tmp_path / "realtime.json").read_text())
   (run,), (row,) = record["runs"], record["rows"]
   assert (run["routing"], run["commit"], run["passes"]) == ("chunk", "last", 2)
-  assert "| sparse, routing chunk, commit last, slots float8 | 2 |" in capsys.readouterr().out
+  assert "| sparse, routing chunk, commit last, slots float8, linear float8 | 2 |" in capsys.readouterr().out
   steady = np.median(np.array(run["chunk_times_s"])[1 if row["chunks"] <= 3 else 3 :], 0)
   np.testing.assert_allclose([row["fps_denoiser"], row["fps_end_to_end"]], 2 * 12 / steady)
   assert run["kv_bytes"]["predicted"] == run["kv_bytes"]["measured"] == row["kv_bytes"]
