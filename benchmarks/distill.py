@@ -7,8 +7,7 @@ teacher and critic have the student's sizes, one clip. The other parts are progr
 
 - "rollout": the student's rollout without gradient. "gradient": that, and its exit steps once more with their backward pass.
 - "real", "fake": the two scores of a clip, the first with guidance. "critic": a whole update of the critic.
-- "gradient_dense": "gradient" with a memory of all latents, every block read by pbsa; "gradient_cudnn": the same, but what has
-  a backward pass attends by cuDNN, chunk by chunk (elsewhere by XLA).
+- "gradient_dense": "gradient" with a memory of all latents; what has a backward pass attends by cuDNN (elsewhere by XLA).
 - "teacher_forcing", "teacher_forcing_dense": a training step on a clip, its state donated; the dense one attends by cuDNN.
 
 A rollout's work grows linearly with the step that it exits at, so parts that roll out are timed at the first and at the last,
@@ -25,7 +24,6 @@ import pathlib
 import sys
 import tempfile
 import time
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -33,39 +31,17 @@ import numpy as np
 import optax
 
 from benchmarks.realtime import random_weights
-from sfjax import cluster, rollout, self_forcing, teacher_forcing, training
-from sfjax.attention import Replay
+from sfjax import cluster, self_forcing, teacher_forcing, training
 from sfjax.captions import Text
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
 from sfjax.errors import Parser, UserError, command
-from sfjax.model import ModelConfig, dense_attention
-from sfjax.routing import MemoryConfig
 from sfjax.runlog import keep_programs, make_folder, peak_memory, run_record, write_json_atomic
 
 PARTS = (
-  "step", "rollout", "gradient", "real", "fake", "critic", "gradient_dense", "gradient_cudnn", "teacher_forcing",
+  "step", "rollout", "gradient", "real", "fake", "critic", "gradient_dense", "teacher_forcing",
   "teacher_forcing_dense",
 )  # fmt: skip
 _FILE = "distill.json"
-
-
-def replay_by_chunk(model: ModelConfig, cfg: MemoryConfig, first, straight_through: bool, real=None):
-  """`attention.replayed_attention` of a memory that keeps all and had nothing before; nothing is real."""
-
-  def attend(block, carry, given: Replay, h, turn):
-    q, k, v = block.self_attn.turned(h, turn)  # [B,n,T,N,H]
-
-    def read(clean, own, t):  # what chunk t reads: earlier chunks as they were committed, and itself
-      before = jnp.moveaxis(clean, 0, 1)
-      before = model.layout.unpack(before.reshape(*before.shape[:3], -1)).reshape(own.shape)[:, :t]
-      if straight_through:
-        before = before + (own[:, :t] - jax.lax.stop_gradient(own[:, :t]))
-      return jnp.concatenate([before, own[:, t : t + 1]], 1).reshape(own.shape[0], -1, *own.shape[3:])
-
-    out = [dense_attention(q[:, t], read(given.clean_k, k, t), read(given.clean_v, v, t)) for t in range(q.shape[1])]
-    return block.self_attn.out(jnp.stack(out, 1)), carry, None
-
-  return attend
 
 
 class Bench:
@@ -178,10 +154,6 @@ class Bench:
   def gradient_dense(self) -> dict:
     return self._rolled(self._dense, True)
 
-  def gradient_cudnn(self) -> dict:
-    with mock.patch.object(rollout, "replayed_attention", replay_by_chunk):
-      return self._rolled(self._dense, True)
-
   def real(self) -> dict:
     score = lambda teacher, text, x, sigma: self_forcing.real_score(self.config, teacher, text)(x, sigma)
     return self._once(score, self.teacher, self.text, self.latents, self.sigma)
@@ -246,9 +218,8 @@ def summary(rows: dict[str, dict]) -> dict:
     parts["exit_steps_with_backward"] = s["gradient"] - s["rollout"]
     parts["optimizer_average_and_rest"] = s["step"] - sum(parts.values())
     found["share_of_step"] = {name: x / s["step"] for name, x in parts.items()}
-  dense = [s[name] for name in ("gradient_dense", "gradient_cudnn") if name in s]
-  if dense and "gradient" in s:
-    found["rollout_dense_over_sparse"] = min(dense) / s["gradient"]
+  if {"gradient", "gradient_dense"} <= s.keys():
+    found["rollout_dense_over_sparse"] = s["gradient_dense"] / s["gradient"]
   if {"teacher_forcing", "teacher_forcing_dense"} <= s.keys():
     found["teacher_forcing_dense_over_sparse"] = s["teacher_forcing_dense"] / s["teacher_forcing"]
   return found

@@ -128,21 +128,41 @@ def replayed_attention(
   """
   layout, nb, c = model.layout, model.layout.blocks, cfg.persistent
 
+  def carrying(clean, noisy):  # with the gradient of the noisy ones, [B,n,..]
+    if not straight_through:
+      return clean
+    carried = noisy - jax.lax.stop_gradient(noisy)  # zero, and its gradient
+    if real is not None:
+      carried = jnp.where(real[:, :, None, None, None], 0, carried)
+    return clean + carried
+
+  def in_window(given: Replay, q, k, v):  # a memory that selects nothing: tokens, no lists
+    tokens = lambda x: layout.unpack(x.reshape(*x.shape[:-2], -1)).reshape(*x.shape[:2], *q.shape[2:])
+    at = jnp.arange(q.shape[1])
+
+    def read(before, clean, noisy):  # a chunk's own first, then the newest: what is not there yet comes last
+      ring = before.reshape(before.shape[0], cfg.window, layout.slots, *before.shape[2:])
+      ring = jnp.take(tokens(ring), (first + jnp.arange(cfg.window)) % cfg.window, 1)  # oldest first
+      past = jnp.concatenate([ring, carrying(tokens(jnp.moveaxis(clean, 0, 1)), noisy)], 1)
+      windows = [noisy, *(past[:, cfg.window - age :][:, : len(at)] for age in range(1, cfg.window))]
+      return jnp.stack(windows, 2).reshape(-1, cfg.window * layout.tokens, *q.shape[3:])
+
+    there = jnp.minimum(first + at + 1, cfg.window) * layout.tokens
+    there = jnp.broadcast_to(there, q.shape[:2]).reshape(-1)
+    keys, values = read(given.k, given.clean_k, k), read(given.v, given.clean_v, v)
+    return dense_attention(q.reshape(-1, *q.shape[2:]), keys, values, there).reshape(q.shape)
+
   def attend(block, carry, given: Replay, h, turn):
-    q, k, v = (layout.pack(x) for x in block.self_attn.turned(h, turn))  # [B,n,Sc,N,H]
+    rows = block.self_attn.turned(h, turn)
+    if not cfg.selects:
+      return block.self_attn.out(in_window(given, *rows)), carry, None
+    q, k, v = (layout.pack(x) for x in rows)  # [B,n,Sc,N,H]
     b, n, _, heads, dim = q.shape
     resident = given.origin.shape[-1]
     flat = lambda x: x.reshape(b, -1, heads, dim)
-
-    def past(before, clean, noisy):  # blocks that were there, then those of the n chunks
-      clean = jnp.moveaxis(clean, 0, 1)
-      if straight_through:
-        carried = noisy - jax.lax.stop_gradient(noisy)  # zero, and its gradient
-        if real is not None:
-          carried = jnp.where(real[:, :, None, None, None], 0, carried)
-        clean = clean + carried
-      return jnp.concatenate([before, flat(clean)], 1)
-
+    past = lambda before, clean, noisy: jnp.concatenate(  # blocks that were there, then those of the n chunks
+      [before, flat(carrying(jnp.moveaxis(clean, 0, 1), noisy))], 1
+    )
     past_k, past_v = past(given.k, given.clean_k, k), past(given.v, given.clean_v, v)
     keys, values = [past_k, flat(k)], [past_v, flat(v)]
 
@@ -154,11 +174,7 @@ def replayed_attention(
     stands = jnp.where(later < 0, found, resident + later + jnp.where(given.origins // nb == t, n * nb, 0))
     stands = jnp.where(given.origins < 0, big, stands)
     at = jnp.pad(stands, [(0, 0)] * 3 + [(0, 1)], constant_values=big)[..., None, :]
-    if cfg.selects:
-      ids, counts = jnp.take_along_axis(at, given.ids, -1), given.counts
-    else:
-      ids = jnp.broadcast_to(at, (*at.shape[:3], nb // 2, resident + 1))
-      counts = jnp.broadcast_to((given.origins >= 0).sum(-1)[..., None], ids.shape[:-1]).astype(jnp.int32)
+    ids, counts = jnp.take_along_axis(at, given.ids, -1), given.counts
     if c:
       origin, p = given.origins[..., :c], stands[..., :c]
       if cfg.rope_cap is not None:  # each chunk's P as a segment of its own: its keys turn by the chunk's own ages
@@ -171,7 +187,7 @@ def replayed_attention(
         p = jnp.where(origin >= 0, segment, big)
       ids = jnp.concatenate([jnp.broadcast_to(p[..., None, :], (*ids.shape[:-1], c)), ids], -1)
       counts = counts + (origin >= 0).sum(-1)[..., None].astype(jnp.int32)
-    longest = cfg.full_k(layout) + c if cfg.selects else resident  # P and its unused budget share so many entries
+    longest = cfg.full_k(layout) + c  # P and its unused budget share so many entries
     ids = jnp.sort(ids, -1)[..., :longest].astype(jnp.int32)
     rows = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, heads, -1, *x.shape[4:])
     out = pbsa(

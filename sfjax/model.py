@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from sfjax import float8
 from sfjax.axes import mean, total
@@ -200,10 +200,19 @@ def rms_norm(x, weight, eps: float):
   return y * weight.astype(x.dtype)
 
 
-def dense_attention(q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]):
-  """Attention of every row to every key; on a GPU, in 16 bit, by cuDNN, so that no score leaves the chip."""
+def dense_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S N H"],
+  v: Float[Array, "B S N H"],
+  there: Int32[Array, "B"] | None = None,
+):
+  """Attention of every row to every key, or to the first `there` of them.
+
+  On a GPU, in 16 bit, by cuDNN, so that no score leaves the chip.
+  """
   fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and k.shape[1] >= 64
-  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+  how = "cudnn" if fused else "xla"
+  return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=there, implementation=how)
 
 
 class Attention(nnx.Module):
@@ -291,9 +300,8 @@ class Block(nnx.Module):
     out = dense_attention(flat, *text_kv).reshape(q.shape)
     x = added(x, self.cross_attn.out(out))
 
-    h = modulated(layout, x, m[3], m[4], cfg.eps).reshape(
-      -1, cfg.dim
-    )  # rows alone: so GELU and rounding join a product
+    # As rows alone: so GELU, and a rounding to 8 bit, join the product.
+    h = modulated(layout, x, m[3], m[4], cfg.eps).reshape(-1, cfg.dim)
     y = self.ffn_out.summed(jax.nn.gelu(self.ffn_in.joined(h), approximate=True))[: h.shape[0]]
     return added(x, gated(y.reshape(x.shape), m[5])), *rest
 

@@ -158,7 +158,9 @@ def real_chunks(videos, chunks):
   "memory",
   [
     MEMORY,
-    MemoryConfig(window=2),
+    MemoryConfig(window=1),
+    MemoryConfig(window=3),
+    MemoryConfig(window=4),
     MemoryConfig(window=2, persistent=5, top_k=0.3, sink_chunks=1),
     MemoryConfig(window=2, persistent=4, top_k=0.4, rope_cap=7, sharing="layer", novelty=2.0),
   ],

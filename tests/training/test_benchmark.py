@@ -14,7 +14,7 @@ TOY = (
   "--config.sampler.steps=2"
 ).split()
 
-TWICE = {"step", "gradient_cudnn"}  # timed at the first exit and at the last
+TWICE = {"step", "gradient_dense"}  # timed at the first exit and at the last
 PARTS = TWICE | {"fake", "critic"}  # those that most of the code is in: compiling all takes a minute more
 
 
@@ -53,7 +53,7 @@ def test_a_part_is_measured_again_and_others_stay(folder):
 
 
 def test_what_follows_from_the_parts():
-  seconds = dict(step=7, rollout=1, gradient=2.5, real=1, fake=0.5, critic=2, gradient_dense=4, gradient_cudnn=3.75)
+  seconds = dict(step=7, rollout=1, gradient=2.5, real=1, fake=0.5, critic=2, gradient_dense=3.75)
   rows = {name: {"s": s} for name, s in seconds.items()} | {
     "teacher_forcing": {"s": 2},
     "teacher_forcing_dense": {"s": 3},
@@ -64,8 +64,8 @@ def test_what_follows_from_the_parts():
   share = {name: 7 * x for name, x in found.pop("share_of_step").items()}
   want = dict(rollout=1, real=1, fake=0.5, critic=2, exit_steps_with_backward=1.5, optimizer_average_and_rest=1)
   assert share == pytest.approx(want) and not found
-  rows |= {"gradient_cudnn": {"skipped": "why"}, "critic": {"skipped": "why"}}
-  assert distill.summary(rows) == {"rollout_dense_over_sparse": 1.6, "teacher_forcing_dense_over_sparse": 1.5}
+  rows |= {"gradient_dense": {"skipped": "why"}, "critic": {"skipped": "why"}}
+  assert distill.summary(rows) == {"teacher_forcing_dense_over_sparse": 1.5}
   assert distill.line("critic", rows["critic"]) == "| critic | why | | | | | |"
 
 
