@@ -129,4 +129,5 @@ def join(call: Call, cut: Cut, outputs, sums, total):
     # As one function of arrays: jax.checkpoint drops a kernel of which it sees nothing but that it writes to references.
     return pl.run_state(lambda refs: launch(*sums, *refs))(outputs)
 
-  return write(list(outputs), list(sums))
+  # Kept apart: where a loop stacks this, XLA would let the kernel write into the stack, and it writes these few tiles alone.
+  return jax.lax.optimization_barrier(write(list(outputs), list(sums)))

@@ -97,6 +97,27 @@ def test_pieces_equal_whole_tiles(shape, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pieces_in_a_loop_equal_whole_tiles(shape, monkeypatch):
+  """Two layers that the backward pass walks back: what the first kernel and the one that joins leave is stacked."""
+  (q, *rest), attend, (dout, _) = problem(1.0, **SHAPES[shape])
+
+  def run():
+    def layers(q, *rest):
+      layer = lambda x, size: (x + attend("mosaic_sm90", (size * x).astype(x.dtype), *rest)[0], None)
+      return (jax.lax.scan(layer, q, jnp.array([1.0, 0.7]))[0].astype(jnp.float32) * dout).sum()
+
+    return jax.jit(jax.grad(layers, range(1 + len(rest))))(q, *rest)
+
+  monkeypatch.setattr(mosaic_sm90_pieces, "whole_and_pieces", lambda *_: (2, 3))
+  cut = run()
+  monkeypatch.setattr(mosaic_sm90_pieces, "whole_and_pieces", lambda tiles, *_: (tiles, 1))
+  for a, w in zip(cut, run(), strict=True):
+    a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
+    assert np.linalg.norm(a - w) <= 5e-3 * np.linalg.norm(w)  # as against float32
+
+
+@pytest.mark.gpu
 def test_mosaic_special_calls():
   x, attend, cotangents = problem(1.0, **SHAPES["production"])
   plain = attend("mosaic_sm90", *x)

@@ -1,5 +1,7 @@
 """Tiers C and D: the Mosaic kernels themselves, in jax's GPU interpreter with race detection, and lowered for CUDA."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -266,6 +268,25 @@ def test_checkpoints_make_again_what_pieces_sum_up_to(force):
   f = jax.checkpoint(lambda *x: pbsa_mosaic(Call(0.1, 64), *x, None, ids, counts, 0)[0].astype(jnp.float32).sum())
   text = jax.jit(jax.value_and_grad(f, range(3))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("@mosaic_gpu_v2") == 2 + 2 + 2 + 1  # forward twice, dq, and dk with dv
+
+
+def test_what_is_joined_is_kept_from_a_stack(force):
+  """In a loop XLA gives a kernel its place in the stack of results; one that fills its outputs in part must not get it."""
+  force(1, 2)
+  q, k, v = draw(15, (1, 256, 1, 64), *[(1, 256, 1, 64)] * 2)
+  ids, counts = lists(16, [[[4, 3]]], 0, 4)
+
+  def layers(q, k, v):
+    layer = lambda x, _: (x + pbsa_mosaic(Call(0.1, 64), x, k, v, None, ids, counts, 0)[0], None)
+    return jax.lax.scan(layer, q, None, 2)[0].astype(jnp.float32).sum()
+
+  text = jax.jit(jax.grad(layers, range(3))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+  ops = text.splitlines()
+  joined = [i for i, op in enumerate(ops) if "@mosaic_gpu_v2" in op and "output_operand_alias<" in op]
+  assert len(joined) == 2  # of the forward pass and of dq
+  for i in joined:
+    name = ops[i].split()[0].partition(":")[0]
+    assert re.search(rf"optimization_barrier {name}\b", ops[i + 1])
 
 
 def test_top_lists():
