@@ -73,7 +73,6 @@ class TrainConfig:
   """Optimisation. `steps` counts batches; stages are fractions of it; `init` is a model folder to start from.
 
   Attributes:
-    average_with: a second such folder: the start is the mean of both models' weights.
     accumulate: batches to an optimiser's step. shift, context_noise, p_context_noise, p_known, p_drop_prompt: of teacher
       forcing.
     optimizer: "adamw", or "muon" for the matrices of the blocks with AdamW for the rest; `lr` fits both (equal update RMS).
@@ -99,7 +98,6 @@ class TrainConfig:
   accumulate: int = 1
   seed: int = 0
   init: str = ""
-  average_with: str = ""
   shift: float = 5.0
   context_noise: float = 0.3
   p_context_noise: float = 0.5
@@ -124,8 +122,6 @@ class TrainConfig:
   def __post_init__(self):
     if self.steps < 1:
       raise ValueError(f"steps: {self.steps}; want at least 1")
-    if self.average_with and not self.init:
-      raise ValueError(f"average_with: {self.average_with!r}; want '' without an init")
     if self.optimizer not in OPTIMIZERS:
       raise ValueError(f"optimizer: {self.optimizer!r}; want one of {', '.join(OPTIMIZERS)}")
     if not 0 < self.decay <= 1:

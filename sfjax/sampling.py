@@ -19,7 +19,7 @@ from sfjax.memory import KVMemory, memory_bytes
 from sfjax.parts import Parts, load_parts, with_linear, with_tiny_decoder
 from sfjax.routing import MemoryConfig
 
-SHIPPED = pathlib.Path(__file__).parent.parent / "checkpoints" / "digits"
+SHIPPED = pathlib.Path(__file__).parent.parent / "checkpoints" / "digits_student_memory"
 ATTENTION = ("sparse", "window", "dense")
 _DENSE_CHUNKS = 7  # 21 latents, Self-Forcing's cache
 

@@ -27,17 +27,10 @@ def abstract_model(config: Config) -> dict:
 
 
 def init_model(config: Config, mesh: Mesh | None = None) -> dict:
-  """Fresh parameters, or those of the folder `train.init`, or their mean with `train.average_with`'s, split over the mesh if
-  one is given."""
-  train, seed = config.train, config.train.seed
-  if train.init:
-    like = cluster.laid_out(mesh, abstract_model(config))
-    params = load_model(train.init, like, "config.train.init")
-    if train.average_with:
-      params = optax.tree.scale(
-        0.5, optax.tree.add(params, load_model(train.average_with, like, "config.train.average_with"))
-      )
-    return params
+  """Fresh parameters, or those of the folder `train.init`, split over the mesh if one is given."""
+  if config.train.init:
+    return load_model(config.train.init, cluster.laid_out(mesh, abstract_model(config)), "config.train.init")
+  seed = config.train.seed
   fresh = lambda: {"dit": rollout.init_params(config.model, seed)} | captions.encoder_of(config.model).init(seed)
   return fresh() if mesh is None else cluster.made(fresh, cluster.shardings(mesh, abstract_model(config)))
 

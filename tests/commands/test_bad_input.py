@@ -164,7 +164,6 @@ def test_a_failure_on_the_way_leaves_no_part_of_a_video(run_sample, tmp_path, mo
     ("train.steps=0", "config.train.steps: 0; want at least 1"),
     ("train.steps=some", "--config.train.steps: 'some' is not accepted; want int"),
     ("train.init=absent", "absent is not a folder"),
-    ("train.average_with=absent", "config.train.average_with: 'absent'; want '' without an init"),
     ("memory.top_k=2", "config.memory.top_k: 2.0; want a fraction"),
     ("memory.slots=fp8", "config.memory.slots: 'fp8'; want one of model, float8"),
     ("memory.slots=float8", "config.memory.slots: float8; want model in training"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfjax import checkpoint, teacher_forcing, training
+from sfjax import teacher_forcing, training
 from sfjax.config import Config, DataConfig, Stage, TrainConfig, load_config, to_dataclass, to_dict
 from sfjax.errors import UserError
 from sfjax.metrics import MetricWriter
@@ -118,21 +118,6 @@ def test_a_rerun_may_change_how_long_and_how_often_but_not_the_experiment(config
   with pytest.raises(UserError, match=r"config.train.stages = .*'batch': 2.*not .*'batch': 4"):
     stages = (dataclasses.replace(config.train.stages[0], batch=4), config.train.stages[1])
     training.check_same_experiment(tmp_path, old, plain(change(stages=stages)))
-
-
-def test_a_start_between_two_models(config, tmp_path):
-  start = lambda **change: teacher_forcing.init_model(
-    dataclasses.replace(config, train=dataclasses.replace(config.train, **change))
-  )
-  one, other = (start(seed=seed) for seed in (1, 2))
-  for name, params in (("one", one), ("other", other)):
-    checkpoint.export(tmp_path / name, params, to_dict(config), {})
-  half = lambda x: x.astype(jnp.bfloat16).astype(x.dtype) if x.dtype == jnp.float32 else x  # as exported
-  want = jax.tree.map(lambda a, b: (half(a) + half(b)) / 2, one, other)
-  got = start(init=str(tmp_path / "one"), average_with=str(tmp_path / "other"))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
-  with pytest.raises(UserError, match="config.train.average_with: absent is not a folder"):
-    start(init=str(tmp_path / "one"), average_with="absent")
 
 
 @pytest.mark.parametrize(
