@@ -1,4 +1,4 @@
-"""Products of 8-bit floats (e4m3: a sign, 4 bits of exponent, 3 of mantissa), for sampling alone.
+"""8-bit floats (e4m3: a sign, 4 bits of exponent, 3 of mantissa) and products of them, for sampling alone.
 
 Every element keeps 4 significant bits wherever it lies between 2^-6 and 448, so a scale need not be fine: what counts is
 that no element is too large, and that few are below 2^-6 times the largest's place in that range. Hence
@@ -29,12 +29,15 @@ def by_rows(x: Float[Array, "*S K"]) -> tuple[Float8e4m3fn[Array, "*S K"], Float
   return rounded(x * (LARGEST / largest)), largest * (1 / LARGEST)
 
 
+def scale_of(largest: Float[Array, "*S"]) -> Float[Array, "*S"]:
+  """The power of two over which so large a number lies between 224 and 448; 1 for next to nothing."""
+  mantissa, exponent = jnp.frexp(largest / LARGEST)  # mantissa in 1/2 .. 1
+  return jnp.where(largest > _LEAST, jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5)), 1)
+
+
 def weights(kernel: Float[Array, "*L K N"]) -> tuple[Float8e4m3fn[Array, "*L N K"], Float[Array, "*L"]]:
   """A matrix as W^T over a scale, as Hopper's products want it, and the scale, a power of two; a matrix of zeros stays one."""
-  largest = jnp.abs(kernel).max((-2, -1)).astype(jnp.float32)
-  mantissa, exponent = jnp.frexp(largest / LARGEST)  # mantissa in 1/2 .. 1
-  exponent = jnp.where(mantissa == 0.5, exponent - 1, exponent)
-  scale = jnp.where(largest > 0, jnp.ldexp(1.0, exponent), 1.0)
+  scale = scale_of(jnp.abs(kernel).max((-2, -1)).astype(jnp.float32))
   return rounded(kernel / scale[..., None, None]).swapaxes(-1, -2), scale.astype(kernel.dtype)
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK
 from pallas_kernels.slots import to_slots
+from sfjax.float8 import E4M3, scale_of
 from sfjax.model import ModelConfig
 from sfjax.rope import turn_forward
 from sfjax.routing import (
@@ -79,7 +80,6 @@ SPLIT = KVMemory(
   k_scale=PartitionSpec(None, None, None, "tensor"),
   v_scale=PartitionSpec(None, None, None, "tensor"),
 )
-_FLOAT8 = jnp.float8_e4m3fn
 
 
 class Commit(NamedTuple):
@@ -96,7 +96,7 @@ def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Arr
   layers, batch, _, heads, dim = text_kv[0].shape
   blocks = cfg.resident_blocks(model.layout)
   float8 = cfg.slots == "float8"
-  slots = jnp.zeros((layers, batch, blocks * BLOCK, heads, dim), _FLOAT8 if float8 else jnp.dtype(model.dtype))
+  slots = jnp.zeros((layers, batch, blocks * BLOCK, heads, dim), E4M3 if float8 else jnp.dtype(model.dtype))
   scale = jnp.zeros((layers, batch, blocks, heads), jnp.float32) if float8 else None
   rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"), layers)
   return KVMemory(
@@ -144,10 +144,8 @@ def narrow(x: Float[Array, "*B S N H"]) -> tuple[Float[Array, "*B S N H"], Float
   largest, if that is more.
   """
   blocks = x.reshape(*x.shape[:-3], -1, BLOCK, *x.shape[-2:]).astype(jnp.float32)
-  largest = jnp.maximum(jnp.abs(blocks).max((-3, -1)), 1e-30)  # an empty block is not divided by zero
-  _, exponent = jnp.frexp(largest / float(jnp.finfo(_FLOAT8).max))
-  scale = jnp.ldexp(jnp.float32(1), exponent)
-  return (blocks / scale[..., None, :, None]).astype(_FLOAT8).reshape(x.shape), scale
+  scale = scale_of(jnp.abs(blocks).max((-3, -1)))
+  return (blocks / scale[..., None, :, None]).astype(E4M3).reshape(x.shape), scale
 
 
 def widen(model: ModelConfig, x: Float[Array, "*B S N H"], scale: Float[Array, "*B K N"] | None):
