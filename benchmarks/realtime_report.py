@@ -5,6 +5,7 @@ import pathlib
 from sfjax.data.digits import first_frame
 from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
+from sfjax.routing import MemoryConfig
 from sfjax.runlog import replacing
 
 _COLUMNS = (
@@ -29,7 +30,7 @@ def _ms(x: dict) -> str:
 def _name(made: dict) -> str:
   """The memory of a run or row, and the options that are not the defaults."""
   usual = {"routing": SamplerConfig.routing, "commit": SamplerConfig.commit}
-  usual |= {"slots": "model", "linear": ModelConfig.linear}
+  usual |= {"slots": MemoryConfig.slots, "linear": ModelConfig.linear}
   changed = [name for name, value in usual.items() if made[name] != value]
   return ", ".join([made["attention"], *(f"{name} {made[name]}" for name in changed)])
 

@@ -17,8 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sfjax.checkpoint import named
 
 AXES = ("data", "fsdp", "context", "tensor")
-BATCH_AXES = AXES[:2]
-BATCH = PartitionSpec(BATCH_AXES)
+BATCH = PartitionSpec(AXES[:2])  # how a batch is split
 # How parameters are split along "tensor", by the end of their path; so are their averages and the optimiser's states.
 RULES = (
   (r"_attn/[qkv]/kernel", PartitionSpec(None, None, "tensor")),
