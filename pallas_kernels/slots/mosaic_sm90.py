@@ -1,7 +1,7 @@
-"""The "mosaic_sm90" implementation: each warp takes whole rows, four to a warpgroup, so that a norm is a few shuffles.
+"""The "mosaic_sm90" implementation: two warps hold a row in registers, so that a norm is a few shuffles and one exchange.
 
-No shared memory but for the last sum over a block: rows go from memory to registers and back, once. A program takes a few
-rows of one block, of q, k or v; several share a multiprocessor and hide each other's waiting.
+Rows go from memory to registers and back, once. A program takes some rows of one block, of q, k or v, two at a time, and reads
+the next two before it works on these; several programs share a multiprocessor and hide each other's waiting.
 
 Letters: B batch, T tokens of a chunk, N heads, H head dim, S slots of a layer, K blocks of a chunk, P programs a block.
 """
@@ -15,11 +15,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.device import current_device
 from pallas_kernels.pbsa import BLOCK
 
-ROWS = 4  # a warpgroup's warps
-MOST_STEPS = 3  # a program's, of four rows each
-WIDEST = 2048  # of a row in a warp's registers
-# [rows, N, H / 2, 2]: a row to a warp, neighbouring pairs to neighbouring lanes, which then read 128 bytes in one go.
-PAIRS = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, 1, 32, 2),)), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
+ROWS = 2  # at a time
+MOST_STEPS = 6  # a program's
+WIDEST = 5120  # of a row: 254 of 255 registers
+# [rows, N, H / 2, 2]: a row to two warps, neighbouring pairs to neighbouring lanes, which then read 128 bytes in one go.
+PAIRS = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, 2, 32, 2),)), warp_dims=(-4, -3), lane_dims=(-2,), vector_dim=-1)
 BY_ROW, BY_COLUMN, BY_ANGLE = PAIRS.reduce((1, 2, 3)), PAIRS.reduce(0), PAIRS.reduce((1, 3))
 
 
@@ -31,10 +31,12 @@ def unsupported(q, tokens: int, heads: tuple[int, int], valid: int) -> str | Non
     return f"implementation: mosaic_sm90 wants a Hopper GPU, not {device.device_kind}"
   if q.dtype != jnp.bfloat16:
     return f"q: dtype {q.dtype}; mosaic_sm90 wants bfloat16"
-  if h % 64 or n * h > WIDEST:
-    return f"q: {n} heads of {h}; mosaic_sm90 wants heads of a multiple of 64, at most {WIDEST} in all"
+  if h % 64 or n % 2 or n * h > WIDEST:
+    return (
+      f"q: {n} heads of {h}; mosaic_sm90 wants an even number of heads of a multiple of 64, at most {WIDEST} in all"
+    )
   if valid % ROWS or q.shape[1] % ROWS or tokens // valid % 2:
-    return f"valid: {tokens // valid} blocks of {valid}; mosaic_sm90 wants multiples of 2 and {ROWS}"
+    return f"valid: {tokens // valid} blocks of {valid}; mosaic_sm90 wants even numbers of both"
   return None
 
 
@@ -75,14 +77,18 @@ def to_slots(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, fi
       return x * c + jnp.where(first, -other, one) * s
 
     def run(i, target, base):
-      raw = [load(products[i].at[rows(batch * r, block * valid, row(step))]) for step in range(steps)]
-      bias = over(load(vector_ref.at[i], BY_COLUMN).astype(jnp.float32), 1, 2, 3)
-      total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), PAIRS)
-      for step in range(steps):
-        x = raw[step].astype(jnp.float32) + bias
+      token = lambda step: rows(batch * r, block * valid, row(step))
+
+      def take(step, carry):
+        total, raw = carry
+        later = load(products[i].at[token(jnp.minimum(step + 1, steps - 1))])
+        x = raw.astype(jnp.float32) + over(load(vector_ref.at[i], BY_COLUMN).astype(jnp.float32), 1, 2, 3)
         x = (turned(normed(x, i), step) if i < 2 else x).astype(jnp.bfloat16)
-        total += x.astype(jnp.float32)
         target[rows(base, block * BLOCK, row(step))] = x
+        return total + x.astype(jnp.float32), later
+
+      nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), PAIRS)
+      total, _ = lax.fori_loop(0, steps, take, (nothing, load(products[i].at[token(0)])))
       sums_ref[i, batch, block, part] = total.sum(0)
 
       @pl.when(part == parts - 1)
