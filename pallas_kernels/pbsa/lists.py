@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.pbsa import mosaic_sm90_lists
-
 BLOCK = 64  # key slots in a block
 TILE = 128  # query rows in a tile: two neighbouring blocks
 
@@ -46,31 +44,17 @@ def top_lists(
   budget: int | Int32[Array, ""],
   size: int,
   first: int | Int32[Array, ""] = 0,
-  *,
-  implementation: str | None = None,
 ) -> tuple[Int32[Array, "*B {size}"], Int32[Array, "*B"]]:
   """The best entries of every row as a list for `pbsa`; -inf is never listed. No gradient.
 
   Args:
     budget: how many at most. size: length of the lists, at least as many as are ever listed.
     first: of equals, the one is listed that is met first from here on, round the end of the row.
-    implementation: "xla" (anywhere), "mosaic_sm90" (Hopper, float32 without NaN), the same bits. None is "xla": the kernel
-      has not been timed on a GPU yet.
 
   Returns:
     ids, ascending, X past the end, and how many count.
-
-  Raises:
-    NotImplementedError: the implementation cannot do this.
   """
-  if implementation not in (None, "xla", "mosaic_sm90"):
-    raise NotImplementedError(f"implementation: {implementation!r}; this build has mosaic_sm90, xla")
   x, scores = scores.shape[-1], jax.lax.stop_gradient(scores)
-  if implementation == "mosaic_sm90":
-    if reason := mosaic_sm90_lists.unsupported(scores):
-      raise NotImplementedError(reason)
-    ids, counts = mosaic_sm90_lists.top_lists(scores.reshape(-1, x), budget, size, first)
-    return ids.reshape(*scores.shape[:-1], size), counts.reshape(scores.shape[:-1])
   best, index = jax.lax.top_k(jnp.roll(scores, -first, -1), size)
   listed = (best > -jnp.inf) & (jnp.arange(size) < budget)
   ids = jnp.where(listed, (index + first) % x, x)
