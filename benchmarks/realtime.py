@@ -120,6 +120,12 @@ def predict(parts: Parts, memory: MemoryConfig, streams: int = 1) -> dict[str, i
   return ledger.predict(dataclasses.replace(parts.config, memory=memory), parts.around, streams, devices)
 
 
+def held_by(device: jax.Device) -> int:
+  """Bytes of all arrays there; a buffer that several share, as an array and its shard do, counts once."""
+  shards = (s.data for x in jax.live_arrays() for s in x.addressable_shards if s.device == device)
+  return sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())
+
+
 def measure(parts: Parts, memory: MemoryConfig, chunks: int, streams: int = 1) -> dict:
   """Times of every chunk of `streams` videos made together, and the bytes held."""
   parts = dataclasses.replace(parts, config=dataclasses.replace(parts.config, memory=memory))
@@ -145,7 +151,7 @@ def measure(parts: Parts, memory: MemoryConfig, chunks: int, streams: int = 1) -
     "device_bytes": {
       "predicted": predicted,
       "measured": ledger.measure(parts, memory, stream.memory, stream.decoded),
-      "live": sum(x.nbytes for x in jax.live_arrays()),
+      "live": held_by(jax.local_devices()[0]),
       "workspace": workspace,
     },
     "peak_memory": {"predicted": predicted["total"] + max(workspace.values())} | peak_memory(),

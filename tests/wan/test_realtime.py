@@ -56,6 +56,14 @@ def test_a_row_for_every_attention_and_length(tmp_path, capsys):
   assert Image.open(tmp_path / "realtime.png").size == (1500, 600)
 
 
+def test_a_buffer_that_two_arrays_share_is_held_once():
+  device = jax.local_devices()[0]
+  before = realtime.held_by(device)
+  x = jax.device_put(np.ones(100_000, np.float32), device)
+  shard = x.addressable_data(0)
+  assert realtime.held_by(device) - before == x.nbytes == shard.nbytes
+
+
 def test_streams_are_made_together_with_the_samplers_options(tmp_path, capsys):
   flags = [f"--config.model.{x}" for x in TINY]
   flags += ["--config.memory.window=2", "--config.memory.persistent=4", "--config.sampler.steps=2"]
