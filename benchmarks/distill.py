@@ -125,6 +125,7 @@ class Bench:
     make = lambda where: training.jitted_step(self.config, self.stage, self.mesh, where)
     steps = {name: of_exit[e] for e, name in self.exits.items()}
     state = self_forcing.state_of(self.config, self.params, self.critic, self.mesh)
+    state = jax.device_put(state, training.where_kept(self.config, self.mesh, state))
     return self._step([state], self.teacher, batches, make, steps)
 
   def _rolled(self, config: Config, gradient: bool) -> dict:

@@ -29,7 +29,8 @@ def main(argv: list[str]) -> None:
   mean, start, compile_total = 0.0, 0.0, 0.0
   for stage in config.train.stages:
     state, fixed = task.state(config, mesh), task.fixed(config, mesh)
-    where = cluster.shardings(mesh, state)
+    where = training.where_kept(config, mesh, state)
+    state = jax.device_put(state, where)
     loaders = [make_loader(task.source(config, part), part.batch, 0) for part in stage.parts]
     batches = [
       (task.inputs(config, next(loader)), cluster.places(part.batch))

@@ -141,6 +141,23 @@ def shardings(mesh: Mesh, tree):
   return by_name(of, tree)
 
 
+def kept_by_host(where, like):
+  """The same shardings, but matrices lie in the memory of the device's host; a step fetches them with `fetched`."""
+  return jax.tree.map(lambda s, x: s.with_memory_kind("pinned_host") if x.ndim > 1 else s, where, like)
+
+
+def fetched(after, tree):
+  """`after` as it is, and a tree's arrays in the device's own memory, from that of its host where they lie there.
+
+  For use inside a program. They are fetched when `after` is there, not before: go on with the one returned, or XLA may
+  forget that.
+  """
+  if all(jax.typeof(x).memory_space != jax.memory.Space.Host for x in jax.tree.leaves(tree)):
+    return after, tree
+  after, tree = jax.lax.optimization_barrier((after, tree))
+  return after, jax.device_put(tree, jax.memory.Space.Device)
+
+
 def whole(mesh: Mesh, tree):
   """The same shardings, but every device has all of each array."""
   return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
@@ -187,11 +204,12 @@ def made(fn, where):
 
 def gathered(mesh: Mesh, tree):
   """Global arrays as host values, on every host."""
-  return jax.device_get(jax.jit(lambda x: x, out_shardings=whole(mesh, tree))(tree))
+  return jax.device_get(jax.jit(lambda x: fetched((), x)[1], out_shardings=whole(mesh, tree))(tree))
 
 
 def step_bytes(program: jax.stages.Compiled) -> dict[str, int]:
-  """What a compiled training step takes on each device: its arguments and what it returns beside them, and its workspace.
+  """What a compiled training step takes on each device: its arguments and what it returns beside them, and its workspace; and
+  "host", what of it lies in the host's memory instead, if anything does.
 
   Raises:
     UserError: a device has less; names what helps.
@@ -203,10 +221,10 @@ def step_bytes(program: jax.stages.Compiled) -> dict[str, int]:
   if limit is not None and sum(found.values()) > limit:
     raise UserError(
       f"config.train: a step takes {sum(found.values()) / 1e9:.1f} GB on each device, which has {limit / 1e9:.1f}; want a "
-      "smaller batch in its stages, config.model.remat=full, a larger config.train.fsdp, or more of the device for JAX: "
-      "XLA_PYTHON_CLIENT_MEM_FRACTION=0.93, say"
+      "smaller batch in its stages, config.model.remat=full, a larger config.train.fsdp, config.train.offload=optimizer, or "
+      "more of the device for JAX: XLA_PYTHON_CLIENT_MEM_FRACTION=0.93, say"
     )
-  return found
+  return found | ({"host": m.host_argument_size_in_bytes} if m.host_argument_size_in_bytes else {})
 
 
 def share(mesh: Mesh, batch):

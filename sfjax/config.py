@@ -18,6 +18,8 @@ from sfjax.rollout import CACHE_GRADIENTS
 from sfjax.routing import MemoryConfig
 
 OPTIMIZERS = ("adamw", "muon")
+# What of a training state may lie in the host's memory between its uses.
+OFFLOAD = {"none": (), "average": ("ema",), "optimizer": ("ema", "opt", "critic_opt")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,8 @@ class TrainConfig:
     fsdp: devices over which the weights, their average and the optimiser's state are split.
     context, tensor: devices, of one host, that work on the same clips: over `context` a clip's chunks are split, over
       `tensor` heads, their memory and the feed-forward.
+    offload: what lies in the host's memory while a step does not need it: "none", "average" (of the weights), or "optimizer",
+      the average and the optimisers' states; slower, and room for larger models.
   """
 
   steps: int
@@ -113,6 +117,7 @@ class TrainConfig:
   fsdp: int = 1
   context: int = 1
   tensor: int = 1
+  offload: str = "none"
 
   @property
   def together(self) -> int:
@@ -124,6 +129,8 @@ class TrainConfig:
       raise ValueError(f"steps: {self.steps}; want at least 1")
     if self.optimizer not in OPTIMIZERS:
       raise ValueError(f"optimizer: {self.optimizer!r}; want one of {', '.join(OPTIMIZERS)}")
+    if self.offload not in OFFLOAD:
+      raise ValueError(f"offload: {self.offload!r}; want one of {', '.join(OFFLOAD)}")
     if not 0 < self.decay <= 1:
       raise ValueError(f"decay: {self.decay}; want a fraction in (0, 1]")
     ends = [s.until for s in self.stages]

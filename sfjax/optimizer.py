@@ -81,12 +81,13 @@ def only_finite(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     return optax.ApplyIfFiniteState(zero(), jnp.array(True), zero(), tx.init(params))
 
   def update(grads, state, params=None):
+    grads, inner = cluster.fetched(grads, state.inner_state)
     finite = jnp.all(jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]))
     bad = (~finite).astype(jnp.int32)
-    updates, new = tx.update(grads, state.inner_state, params)
+    updates, new = tx.update(grads, inner, params)
     chosen = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     state = optax.ApplyIfFiniteState(
-      (state.notfinite_count + 1) * bad, finite, state.total_notfinite + bad, chosen(new, state.inner_state)
+      (state.notfinite_count + 1) * bad, finite, state.total_notfinite + bad, chosen(new, inner)
     )
     return chosen(updates, jax.tree.map(jnp.zeros_like, updates)), state
 
@@ -101,4 +102,5 @@ def skipped(opt) -> Int32[Array, ""]:
 def averaged(decay: float, step: Int32[Array, ""], ema, params, opt):
   """The running average after one more step; the first steps weigh more, a step that `opt` skipped not at all."""
   decay = jnp.where(skipped(opt) > 0, 1.0, jnp.minimum(decay, (1.0 + step) / (10.0 + step)))
+  params, ema = cluster.fetched(params, ema)
   return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)

@@ -302,6 +302,7 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, bat
   params = optax.apply_updates(state["params"], updates)
   # The critic's turn comes when the student's gradient is gone: else both would be held at once.
   x, params, opt = jax.lax.optimization_barrier((x, params, opt))
+  x, critic_opt = cluster.fetched(x, state["critic_opt"])
 
   def learn(carry, key):
     critic, opt = carry
@@ -310,7 +311,7 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, bat
     return (optax.apply_updates(critic, updates), opt), loss
 
   keys = jax.random.split(critic_key, config.distill.critic_updates)
-  (critic, critic_opt), losses = jax.lax.scan(learn, (state["critic"], state["critic_opt"]), keys)
+  (critic, critic_opt), losses = jax.lax.scan(learn, (state["critic"], critic_opt), keys)
   metrics |= {
     "critic_loss": losses.mean(),
     "grad_norm": optax.tree.norm(grads),

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from sfjax import cluster, ode, self_forcing, teacher_forcing
 from sfjax.checkpoint import Checkpoints
-from sfjax.config import Config, Stage, to_dataclass, to_dict
+from sfjax.config import OFFLOAD, Config, Stage, to_dataclass, to_dict
 from sfjax.data.loader import make_loader
 from sfjax.errors import UserError
 from sfjax.metrics import MetricWriter
@@ -31,7 +31,7 @@ _DATA_SEED = 1000  # the clips of stage i come in the order of seed 1000 * train
 # What a rerun may change: how long, how often, how many workers; the rest would make it another experiment.
 _FREE = {
   *(f"train.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "keep_every", "threads", "workers")),
-  *(f"train.{key}" for key in ("fsdp", "context", "tensor")),
+  *(f"train.{key}" for key in ("fsdp", "context", "tensor", "offload")),
 }
 
 
@@ -66,6 +66,15 @@ def check_context(config: Config) -> None:
   for stage in config.train.stages:
     if stage.chunks > 1 and stage.chunks % context:
       raise UserError(f"config.train.context: {context} does not divide a stage's {stage.chunks} chunks")
+
+
+def where_kept(config: Config, mesh: Mesh, state: dict):
+  """Where the state of training lies between steps: over the mesh, and in its hosts' memory what config.train.offload says."""
+  where = cluster.shardings(mesh, state)
+  return {
+    name: cluster.kept_by_host(x, state[name]) if name in OFFLOAD[config.train.offload] else x
+    for name, x in where.items()
+  }
 
 
 def jitted_step(config: Config, stage: Stage, mesh: Mesh, where):
@@ -129,14 +138,15 @@ def train(config: Config, workdir: str) -> pathlib.Path:
         raise UserError(f"config.train.stages: batch {part.batch} does not divide over {over}")
       work.source(config, part)
   state, fixed = work.state(config, mesh), work.fixed(config, mesh)
-  where = cluster.shardings(mesh, state)
+  where = where_kept(config, mesh, state)
+  state = jax.device_put(state, where)
   checkpoints = Checkpoints(workdir / "checkpoints", t.keep_last, t.keep_every)
   if checkpoints.latest() is not None:
     old = to_dataclass(Config, checkpoints.meta()["config"], f"--workdir: {workdir}: config")
     check_same_experiment(workdir, to_dict(old), to_dict(asked_for))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     state = None  # a device need not hold two
-    state, _ = checkpoints.restore(like)
+    state = jax.device_put(checkpoints.restore(like)[0], where)
   step = int(state["step"])
   writer = MetricWriter(workdir, t.steps, step) if first_host else None
   pending, began, last_log = [], time.time(), (time.time(), step)

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 from sfjax import cluster, rollout, self_forcing, teacher_forcing
 from sfjax.axes import AXES
 from sfjax.codec import DigitsCodec
-from sfjax.config import Config, load_config, to_dataclass
+from sfjax.config import OFFLOAD, Config, load_config, to_dataclass
 from sfjax.data.digits import frames_of_chunks
 from sfjax.errors import UserError
 from sfjax.ledger import abstract_memory, shard_bytes, total, tree_bytes
@@ -51,11 +51,15 @@ GRADIENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """Bytes of a device. held: by the names of `HELD`, exact. rollout, gradient: by `ROLLOUT` and `GRADIENT`, estimates."""
+  """Bytes of a device. held: by the names of `HELD`, exact. rollout, gradient: by `ROLLOUT` and `GRADIENT`, estimates.
+
+  host: what of `HELD` lies in the host's memory instead, exact.
+  """
 
   held: dict[str, int]
   rollout: dict[str, int]
   gradient: dict[str, int]
+  host: dict[str, int]
 
   @property
   def workspace(self) -> int:
@@ -127,6 +131,8 @@ def predict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: 
   shapes["params"] = teacher_forcing.abstract_model(config)
   state = jax.eval_shape(lambda p, c: self_forcing.state_of(config, p, c), shapes["params"], shapes["critic"])
   held = {name: shard_bytes(mesh, x) for name, x in (state | {"teacher": shapes["teacher"]}).items()}
+  host = {x: shard_bytes(mesh, _matrices(state[x])) for x in OFFLOAD[config.train.offload]}
+  held |= {name: held[name] - n for name, n in host.items()}
   row = model.text_dim * jnp.dtype(model.dtype).itemsize if of_wan(model) else 4  # an embedding's, or a word's
   held["step"] += batch * (2 * model.text_len * row + 4)
   known = max(stage.known for stage in config.train.stages)
@@ -163,7 +169,13 @@ def predict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: 
       "gradient": shard_bytes(used, shapes["params"]),
       "zeros": shard_bytes(used, shapes["critic"]) + zeros,
     },
+    host,
   )
+
+
+def _matrices(tree):
+  """The same shapes, but for vectors and numbers, of which nothing is left."""
+  return jax.tree.map(lambda x: x if x.ndim > 1 else jax.ShapeDtypeStruct((0,), x.dtype), tree)
 
 
 def table(p: Prediction) -> str:
@@ -171,6 +183,7 @@ def table(p: Prediction) -> str:
   lines = ["| | GB | bytes |", "|---|---|---|"]
   for rows, names, end in (
     (p.held, HELD, "held"),
+    (p.host, HELD, "in the host's memory"),
     (p.rollout, ROLLOUT, "workspace of the rollout, about"),
     (p.gradient, GRADIENT, "workspace of the gradient, about"),
   ):
@@ -191,15 +204,20 @@ def _of_heads(config: Config, models: list[ModelConfig], devices: int) -> Iterat
 def verdict(
   p: Prediction, config: Config, teacher: ModelConfig, critic: ModelConfig, devices: int, device: float = 80e9
 ) -> str:
-  """Whether a step fits on a device; if not, the split of heads that does; else what would help that is not written yet,
-  each beside those before it. p: `predict` of the rest.
+  """Whether a step fits on a device; if not, the split of heads, or what the host keeps, or both, with which it does; else what
+  would help that is not written yet, each beside those before it. p: `predict` of the rest.
   """
   if p.total <= device:
     return f"fits in {device / 1e9:.0f} GB by this estimate"
-  for split in _of_heads(config, [config.model, teacher, critic], devices):
-    if (found := predict(split, teacher, critic, devices).total) <= device:
-      flags = f"--config.train.tensor={split.train.tensor} --config.train.fsdp={split.train.fsdp}"
-      return f"does not fit in {device / 1e9:.0f} GB; {flags} takes {found / 1e9:.1f} GB"
+  given, models = config.train, [config.model, teacher, critic]
+  for offload in dict.fromkeys((given.offload, "optimizer")):
+    config = dataclasses.replace(config, train=dataclasses.replace(given, offload=offload))
+    for split in (config, *_of_heads(config, models, devices)):
+      p = predict(split, teacher, critic, devices)
+      if p.total <= device:
+        changed = (x for x in ("tensor", "fsdp", "offload") if getattr(split.train, x) != getattr(given, x))
+        flags = " ".join(f"--config.train.{x}={getattr(split.train, x)}" for x in changed)
+        return f"does not fit in {device / 1e9:.0f} GB; {flags} takes {p.total / 1e9:.1f} GB"
   found = []
   for what, names, share in (
     ("weights gathered a layer at a time", ("gathered", "quiet"), config.model.layers),
@@ -208,7 +226,7 @@ def verdict(
     ("over 4", ("memory", "kept", "inputs", "layer"), 2),
   ):
     smaller = lambda rows, names=names, share=share: {k: n // share if k in names else n for k, n in rows.items()}
-    p = Prediction(p.held, smaller(p.rollout), smaller(p.gradient))
+    p = Prediction(p.held, smaller(p.rollout), smaller(p.gradient), p.host)
     found.append(f"{what}, {p.total / 1e9:.1f} GB")
     if p.total <= device:
       break

@@ -39,7 +39,11 @@ def unbroken(config, tmp_path_factory):
   return final_state(config, workdir)
 
 
-def test_ctrl_c_saves_and_the_resumed_run_equals_the_unbroken_one(config, unbroken, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+def test_ctrl_c_saves_and_the_resumed_run_equals_the_unbroken_one(
+  config, unbroken, tmp_path, monkeypatch, capsys, offload
+):
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, offload=offload))
   advance, steps, handler = MetricWriter.advance, [], signal.getsignal(signal.SIGINT)
 
   def interrupt(self):

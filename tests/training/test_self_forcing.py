@@ -61,10 +61,15 @@ def begin(config):
 
 def on_mesh(mesh, config, stage, state, fixed, batches):
   """The program that train.py runs there, and what it is given: (step, state, fixed, batches)."""
-  where = cluster.shardings(mesh, state)
+  where = training.where_kept(config, mesh, state)
   step = training.jitted_step(config, stage, mesh, where)
   fixed = cluster.place(fixed, cluster.shardings(mesh, fixed))
-  return step, cluster.place(state, where), fixed, cluster.share(mesh, batches)
+  return (
+    step,
+    jax.device_put(cluster.place(state, cluster.shardings(mesh, state)), where),
+    fixed,
+    cluster.share(mesh, batches),
+  )
 
 
 def moved(old, new):
@@ -91,6 +96,22 @@ def test_a_step_moves_the_student_and_then_the_critic(teacher):
   assert not moved(fixed, self_forcing.fixed(config))
   again, _ = step(state, fixed, batches)
   assert not moved(once, again)
+
+
+def test_what_lies_in_the_hosts_memory_between_steps(teacher):
+  plain, found = make(teacher), {}
+  for offload, away in (("none", ()), ("optimizer", ("ema", "opt", "critic_opt"))):
+    config = dataclasses.replace(plain, train=dataclasses.replace(plain.train, offload=offload))
+    batches = [(self_forcing.inputs(config, {"caption": CAPTIONS}), cluster.places(B))]
+    given = config, STAGE, begin(config), self_forcing.fixed(config), batches
+    step, state, fixed, batches = on_mesh(cluster.make_mesh(), *given)
+    for _ in range(2):
+      state, _ = step(state, fixed, batches)
+    for name, part in state.items():
+      kinds = {x.sharding.memory_kind for x in jax.tree.leaves(part) if x.ndim > 1}
+      assert kinds <= {"pinned_host" if name in away else "device"}, (offload, name)
+    found[offload] = jax.device_get(state)
+  jax.tree.map(np.testing.assert_array_equal, *found.values())
 
 
 def test_two_scores_alike_leave_the_student_alone(teacher, text):
