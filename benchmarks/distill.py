@@ -282,7 +282,7 @@ def main(argv: list[str]) -> None:
     print(f"{name}: {json.dumps(x) if isinstance(x, dict) else round(x, 3)}")
   if "peak" in rows.get("step", {}) and rows["step"]["peak"]:
     b = rows["step"]["bytes"]
-    print(f"step: predicted {sum(b.values()) / 1e9:.2f} GB, peak {rows['step']['peak'] / 1e9:.2f} GB")
+    print(f"step: predicted {(b['held'] + b['workspace']) / 1e9:.2f} GB, peak {rows['step']['peak'] / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

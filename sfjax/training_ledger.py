@@ -46,6 +46,7 @@ GRADIENT = {
   "layer": "one layer's backward pass",
   "gradient": "student's gradient, of what was gathered",
   "zeros": "zeros, made early: the critic's gradient, skipped updates",
+  "fetched": "an optimiser's state, fetched",
 }
 
 
@@ -168,6 +169,7 @@ def predict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: 
       "layer": (4 * tokens * model.ffn_dim + 2 * keys * model.dim) // tensor * size,  # around the GELU; keys and values
       "gradient": shard_bytes(used, shapes["params"]),
       "zeros": shard_bytes(used, shapes["critic"]) + zeros,
+      "fetched": max(host.get(name, 0) for name in ("opt", "critic_opt")),
     },
     host,
   )

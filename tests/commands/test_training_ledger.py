@@ -27,6 +27,12 @@ def test_what_xla_said_of_the_step_at_full_size(devices, held, workspace):
   assert p.workspace / 1e9 == pytest.approx(workspace, rel=0.1)
 
 
+def test_what_an_h200_needed_with_the_optimiser_in_the_hosts_memory():
+  p = predicted("configs/wan_1_3b.py:student", 1, offload="optimizer")
+  assert round(sum(p.held.values()) / 1e9, 2) == 14.20 and round(sum(p.host.values()) / 1e9, 2) == 28.38
+  assert p.workspace / 1e9 == pytest.approx(43.91, rel=0.1)  # benchmarks/results/distill_1_3b_offload_h200.json
+
+
 @pytest.mark.parametrize("variant", ["student", "student_memory"])
 def test_held_are_the_arrays_of_a_run(variant):
   """The digits' student, whose teacher is in a folder and whose words are learnt; shards: in test_wan_student.py."""
@@ -88,7 +94,8 @@ def test_what_lies_in_the_hosts_memory():
   for name in training_ledger.HELD:
     assert away.held[name] + away.host.get(name, 0) == here.held[name]
   vectors = sum(away.held[name] for name in away.host)
-  assert 0 < vectors < 0.001 * sum(away.host.values()) and away.workspace == here.workspace
+  assert 0 < vectors < 0.001 * sum(away.host.values())
+  assert away.workspace == here.workspace + max(away.host.values())
 
 
 def test_a_split_of_heads_that_fits_is_told(capsys):
@@ -122,7 +129,7 @@ def test_what_is_printed(capsys):
     "does not fit in 80 GB; what would help and is not written yet: weights gathered a layer at a time, "
   )
   helped = [float(x) for x in re.findall(r"([\d.]+) GB(?:;|$)", last.split(": ")[1])]
-  assert helped == sorted(helped, reverse=True) and len(helped) == 2 and helped[-1] <= 80 < helped[0]
+  assert helped == sorted(helped, reverse=True) and len(helped) == 4 and helped[-1] > 80
   ledger.main("--training --config configs/wan_1_3b.py:student".split())
   assert capsys.readouterr().out.splitlines()[-1] == "fits in 80 GB by this estimate"
   ledger.main("--training --config configs/digits.py:student".split())
