@@ -85,7 +85,7 @@ class TrainConfig:
     context, tensor: devices, of one host, that work on the same clips: over `context` a clip's chunks are split, over
       `tensor` heads, their memory and the feed-forward.
     offload: what lies in the host's memory while a step does not need it: "none", "average" (of the weights), or "optimizer",
-      the average and the optimisers' states; slower, and room for larger models.
+      the average and the optimisers' states; slower, and room for larger steps. When a run begins, all is on the device once.
   """
 
   steps: int

@@ -154,6 +154,8 @@ def train(config: Config, workdir: str) -> pathlib.Path:
 
   def save():
     checkpoints.save(step, state["ema"], state, {"config": to_dict(asked_for)})
+    if t.offload != "none":
+      checkpoints.wait()  # what is written may be the host's very memory, which the next step takes over
 
   def flush():
     """Reads the metrics since the last log; stops the run where gradients stay not finite (such steps changed nothing)."""

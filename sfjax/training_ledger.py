@@ -211,15 +211,14 @@ def verdict(
   """
   if p.total <= device:
     return f"fits in {device / 1e9:.0f} GB by this estimate"
-  given, models = config.train, [config.model, teacher, critic]
-  for offload in dict.fromkeys((given.offload, "optimizer")):
-    config = dataclasses.replace(config, train=dataclasses.replace(given, offload=offload))
-    for split in (config, *_of_heads(config, models, devices)):
-      p = predict(split, teacher, critic, devices)
-      if p.total <= device:
-        changed = (x for x in ("tensor", "fsdp", "offload") if getattr(split.train, x) != getattr(given, x))
+  for offload in dict.fromkeys((config.train.offload, "optimizer")):
+    kept = dataclasses.replace(config, train=dataclasses.replace(config.train, offload=offload))
+    for split in (kept, *_of_heads(kept, [config.model, teacher, critic], devices)):
+      takes = predict(split, teacher, critic, devices).total
+      if takes <= device:
+        changed = [x for x in ("tensor", "fsdp", "offload") if getattr(split.train, x) != getattr(config.train, x)]
         flags = " ".join(f"--config.train.{x}={getattr(split.train, x)}" for x in changed)
-        return f"does not fit in {device / 1e9:.0f} GB; {flags} takes {p.total / 1e9:.1f} GB"
+        return f"does not fit in {device / 1e9:.0f} GB; {flags} takes {takes / 1e9:.1f} GB"
   found = []
   for what, names, share in (
     ("weights gathered a layer at a time", ("gathered", "quiet"), config.model.layers),
