@@ -146,7 +146,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
     check_same_experiment(workdir, to_dict(old), to_dict(asked_for))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     state = None  # a device need not hold two
-    state = jax.device_put(checkpoints.restore(like)[0], where)
+    state, _ = checkpoints.restore(like)
   step = int(state["step"])
   writer = MetricWriter(workdir, t.steps, step) if first_host else None
   pending, began, last_log = [], time.time(), (time.time(), step)

@@ -129,7 +129,8 @@ def test_what_is_printed(capsys):
     "does not fit in 80 GB; what would help and is not written yet: weights gathered a layer at a time, "
   )
   helped = [float(x) for x in re.findall(r"([\d.]+) GB(?:;|$)", last.split(": ")[1])]
-  assert helped == sorted(helped, reverse=True) and len(helped) == 4 and helped[-1] > 80
+  assert helped == sorted(helped, reverse=True) and len(helped) == 4
+  assert 80 < helped[-1] and helped[0] < predicted("configs/wan_14b.py:student", 4).total / 1e9
   ledger.main("--training --config configs/wan_1_3b.py:student".split())
   assert capsys.readouterr().out.splitlines()[-1] == "fits in 80 GB by this estimate"
   ledger.main("--training --config configs/digits.py:student".split())

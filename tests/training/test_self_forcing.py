@@ -63,13 +63,8 @@ def on_mesh(mesh, config, stage, state, fixed, batches):
   """The program that train.py runs there, and what it is given: (step, state, fixed, batches)."""
   where = training.where_kept(config, mesh, state)
   step = training.jitted_step(config, stage, mesh, where)
-  fixed = cluster.place(fixed, cluster.shardings(mesh, fixed))
-  return (
-    step,
-    jax.device_put(cluster.place(state, cluster.shardings(mesh, state)), where),
-    fixed,
-    cluster.share(mesh, batches),
-  )
+  state, fixed = (cluster.place(x, cluster.shardings(mesh, x)) for x in (state, fixed))
+  return step, jax.device_put(state, where), fixed, cluster.share(mesh, batches)
 
 
 def moved(old, new):
