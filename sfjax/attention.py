@@ -122,7 +122,7 @@ def replayed_attention(
 ):
   """Attends for the noisy chunks first .. first + n - 1 of a rollout, side by side; the layer input is a `Replay`.
 
-  A chunk reads its own noisy keys and values, and earlier chunks' clean ones wherever they lay in its memory, P or window; with
+  A chunk reads its own noisy keys and values, and earlier chunks' kept ones wherever they lay in its memory, P or window; with
   straight_through these carry the gradient of the noisy ones, which stand beside them here. Chunks that are real did not come
   from those: theirs carry none.
   """

@@ -159,7 +159,7 @@ class DistillConfig:
     guidance: the teacher's classifier-free guidance weight. negative: the prompt it leads away from.
     shift: of the noise levels that both scores judge at. levels: the least and the most noise.
     critic_updates: of the fake score, for one of the student. critic_lr: constant.
-    loss: of the student, "dmd" or "sid". cache_gradient: what a clean key or value passes on, see `rollout.self_forcing`.
+    loss: of the student, "dmd" or "sid". cache_gradient: what a kept key or value passes on, see `rollout.self_forcing`.
   """
 
   teacher: str = ""

@@ -35,7 +35,7 @@ class SamplerConfig:
     guidance: classifier-free guidance weight; 1 runs the conditional branch alone.
     routing: "step", each step finds what it reads; "chunk", the first step's lists serve the chunk's later steps.
     commit: whose K/V and scores the memory keeps of a chunk: "clean", those of a pass over its clean latents; "last", those of
-      the last step, at the noise that it saw, which saves that pass.
+      the last step, at the noise that it saw, which saves that pass; a given chunk's are clean.
   """
 
   kind: str = "euler"
@@ -44,6 +44,7 @@ class SamplerConfig:
   guidance: float = 1.0
   routing: str = "step"
   commit: str = "clean"
+  last_sigma: float = 0.0
 
   def __post_init__(self):
     for name, ok, want in (
@@ -56,6 +57,9 @@ class SamplerConfig:
     ):
       if not ok:
         raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
+    if self.last_sigma and not (self.steps > 1 and 0 < self.last_sigma < self.sigmas[-3]):
+      want = f"above 0 and below {self.sigmas[-3]:.3g}" if self.steps > 1 else "more than one step"
+      raise ValueError(f"last_sigma: {self.last_sigma:g}; want {want}, or 0 for the schedule's")
 
   @property
   def passes(self) -> int:
@@ -65,7 +69,10 @@ class SamplerConfig:
   @property
   def sigmas(self) -> np.ndarray:
     """Noise levels visited, from 1 down to 0, [steps + 1]."""
-    return shift_sigma(np.linspace(1.0, 0.0, self.steps + 1), self.shift).astype(np.float32)
+    sigmas = shift_sigma(np.linspace(1.0, 0.0, self.steps + 1), self.shift).astype(np.float32)
+    if self.last_sigma:
+      sigmas[-2] = self.last_sigma
+    return sigmas
 
 
 def _expand(sigma: Float[Array, "*B"], x: Float[Array, "*B h w C"]):
@@ -110,10 +117,14 @@ def few_step(model: ModelConfig, sampler: SamplerConfig, x, out, i, key: Array):
   Args:
     x [B,F,h,w,C]; out: the network's output for it. key: a key for each row [B].
   """
-  sigmas = jnp.asarray(sampler.sigmas)
-  x0 = to_x0(model, out, x, jnp.full(x.shape[:2], sigmas[i]))
-  fresh = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i + 1), x.shape[1:], x.dtype))(key)
-  return add_noise(x0, fresh, jnp.full(x.shape[:2], sigmas[i + 1]))
+  x0 = to_x0(model, out, x, jnp.full(x.shape[:2], jnp.asarray(sampler.sigmas)[i]))
+  return renoise(sampler, x0, i + 1, key)
+
+
+def renoise(sampler: SamplerConfig, x0: Float[Array, "B F h w C"], i, key: Array) -> Float[Array, "B F h w C"]:
+  """Clean latents at step i's level, with that step's noise, whatever step predicted them; key: a key for each row [B]."""
+  fresh = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), x0.shape[1:], x0.dtype))(key)
+  return add_noise(x0, fresh, jnp.full(x0.shape[:2], jnp.asarray(sampler.sigmas)[i]))
 
 
 def denoise(

@@ -83,7 +83,7 @@ SPLIT = KVMemory(
 
 
 class Commit(NamedTuple):
-  """What a layer's clean pass hands to `commit_chunk`; k and v are None where the memory holds them already."""
+  """What a layer's committing pass hands to `commit_chunk`; k and v are None where the memory holds them already."""
 
   k: Float[Array, "*L B Sc N H"] | None
   v: Float[Array, "*L B Sc N H"] | None

@@ -18,7 +18,7 @@ from pallas_kernels.pbsa import BLOCK
 from sfjax import memory as kv
 from sfjax.attention import Replay, cached_attention, importance_loss, replayed_attention
 from sfjax.axes import on_devices, split
-from sfjax.flow import TIMESTEPS, SamplerConfig, denoise, few_step, to_x0
+from sfjax.flow import TIMESTEPS, SamplerConfig, denoise, few_step, renoise, to_x0
 from sfjax.model import DiT, ModelConfig
 from sfjax.routing import MemoryConfig, block_content
 
@@ -117,15 +117,21 @@ def _forward(
 
 
 def commit(
-  model: ModelConfig, cfg: MemoryConfig, params, memory: kv.KVMemory, x0: Float[Array, "B F h w C"], **how
+  model: ModelConfig,
+  cfg: MemoryConfig,
+  params,
+  memory: kv.KVMemory,
+  x: Float[Array, "B F h w C"],
+  sigma: Float[Array, "B F"] | None = None,
+  **how,
 ) -> kv.KVMemory:
-  """The clean pass over a begun chunk: final K/V and new scores. Under guidance both rows get the same latents.
+  """The pass over a begun chunk that gives final K/V and new scores. Under guidance both rows get the same latents.
 
-  how: `in_place` and `prefix_k`, see `_forward`.
+  sigma: the latents' noise; clean by default. how: `in_place` and `prefix_k`, see `_forward`.
   """
-  rows = memory.k.shape[1]
-  x0 = jnp.concatenate([x0] * (rows // x0.shape[0]))
-  _, memory, (_, update) = _forward(model, cfg, params, memory, x0, jnp.zeros(x0.shape[:2]), True, **how)
+  sigma = jnp.zeros(x.shape[:2]) if sigma is None else sigma
+  x, sigma = (jnp.concatenate([a] * (memory.k.shape[1] // a.shape[0])) for a in (x, sigma))
+  _, memory, (_, update) = _forward(model, cfg, params, memory, x, sigma, True, **how)
   return kv.per_layer(kv.commit_chunk, model, cfg, memory, update)
 
 
@@ -164,6 +170,10 @@ class Beginning(NamedTuple):
     real = jnp.take(self.latents, chunk, 1, mode="clip")
     return jnp.where(self.given(chunk)[:, None, None, None, None], real, made)
 
+  def committed(self, x: Float[Array, "B F h w C"], sigma: Float[Array, "B F"], chunk: Int32[Array, ""]):
+    """What the pass that commits a chunk sees, latents and their noise: a real one is clean."""
+    return self.over(x, chunk), jnp.where(self.given(chunk)[:, None], 0.0, sigma)
+
 
 def rollout_chunk(
   model: ModelConfig,
@@ -185,13 +195,9 @@ def rollout_chunk(
     key: of the run; sample: index of every video, so that its noise does not depend on the batch.
     known, known_frames: conditioning latents, held at timestep 0 inside the chunk.
     in_place: for sampling: no pass copies the memory. Without, the chunk is differentiable.
-    beginning: what is real of the videos; such a chunk is denoised for nothing, as shapes are the same for all.
-
-  Raises:
-    ValueError: a beginning, and a sampler that commits the last step's keys and values, which would not be the real ones.
+    beginning: what is real of the videos; such a chunk is denoised for nothing, as shapes are the same for all, and
+      committed clean; where the last step commits and lists are found once a chunk, by the first step's.
   """
-  if beginning is not None and sampler.commit != "clean":
-    raise ValueError(f"beginning: given with a sampler of commit {sampler.commit!r}; want 'clean'")
   memory, how = _begin(model, cfg, memory, in_place)
   keys = chunk_keys(key, sample, memory.chunk[0])
   noise = _first_noise(model, keys)
@@ -199,6 +205,8 @@ def rollout_chunk(
 
   def predict(finds, commits, x, sigma, state):
     written, lists, _ = state
+    if commits and beginning is not None:
+      x, sigma = beginning.committed(x, sigma, memory.chunk[0])
     if guided:
       x, sigma = jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma])
     out, written, (read, update) = _forward(
@@ -215,10 +223,10 @@ def rollout_chunk(
     x0, state = denoise(model, sampler, functools.partial(predict, *does), x0, keys, known, known_frames, state, steps)
   written, _, update = state
   memory = written or memory
-  if update is not None:
-    return x0, kv.per_layer(kv.commit_chunk, model, cfg, memory, update)
   if beginning is not None:
     x0 = beginning.over(x0, memory.chunk[0])
+  if update is not None:
+    return x0, kv.per_layer(kv.commit_chunk, model, cfg, memory, update)
   return x0, commit(model, cfg, params, memory, x0, **how)
 
 
@@ -262,8 +270,8 @@ class Looks(NamedTuple):
   """Pooled vectors of a self-forced rollout of n chunks, from which the importance head learns what was looked at.
 
   Attributes:
-    queries: of the exit steps, by query tile and patch. keys: of the clean chunks, by block and patch.
-    content: mean values of the clean blocks, what the head sees.
+    queries: of the exit steps, by query tile and patch. keys: of the chunks as committed, by block and patch.
+    content: mean values of their blocks, what the head sees.
   """
 
   queries: Float[Array, "L B n Q I N H"]
@@ -276,7 +284,7 @@ CACHE_GRADIENTS = ("straight_through", "detached")
 
 def untrainable(sampler: SamplerConfig) -> str:
   """What of a sampler a self-forced rollout does not do, and what it wants; "" if all is well."""
-  want = {"kind": "few_step", "guidance": 1, "routing": "step", "commit": "clean"}
+  want = {"kind": "few_step", "guidance": 1, "routing": "step"}
   told = lambda found: ", ".join(f"{name} {found(name)}" for name in want)
   if all(getattr(sampler, name) == value for name, value in want.items()):
     return ""
@@ -299,8 +307,9 @@ def self_forcing(
   """A few-step student's own rollout, differentiable as Self-Forcing trains it (self_forcing section 4.2).
 
   Every chunk is denoised without gradient up to `exit_step`; that step's clean prediction is the chunk, with its gradient, and
-  what the memory then gets in a clean pass without. Gradients reach earlier chunks through their keys and values in the memory,
-  in P as in the window: "straight_through" gives a clean key or value the gradient of its exit step's, "detached" none.
+  what the memory then gets in a pass without: clean, or, where the sampler commits its last step, at that step's noise, as
+  early exits too must leave a memory such as sampling leaves. Gradients reach earlier chunks through their keys and values in
+  the memory, in P as in the window: "straight_through" gives a kept one the gradient of its exit step's, "detached" none.
 
   First all is rolled out without gradient, the memory in place. Then the exit steps of all chunks are done once more, side by
   side, from what each of them started from and read: nothing but that pass is kept for the backward one, and no memory.
@@ -323,14 +332,16 @@ def self_forcing(
     raise ValueError(f"cache_gradient: {cache_gradient!r}; want one of {', '.join(CACHE_GRADIENTS)}")
   constant = functools.partial(jax.tree.map, jax.lax.stop_gradient)
   before, sigmas, nb = constant(memory), jnp.asarray(sampler.sigmas), model.layout.blocks
+  last = sampler.steps - 1
   quiet_model, fixed = for_compute(model, constant(params))
 
   def chunk(memory):
     memory, how = _begin(model, cfg, memory, in_place=True)
     keys = chunk_keys(key, sample, memory.chunk[0])
     noise = _first_noise(model, keys)
+    level = lambda sigma: jnp.full(noise.shape[:2], sigma)
     pass_over = lambda memory, x, i, **more: _forward(
-      quiet_model, cfg, fixed, memory, x, jnp.full(noise.shape[:2], sigmas[i]), commit=False, **how, **more
+      quiet_model, cfg, fixed, memory, x, level(sigmas[i]), commit=False, **how, **more
     )
 
     def quiet(i, state):
@@ -341,10 +352,12 @@ def self_forcing(
     x, memory = jax.lax.fori_loop(0, exit_step, quiet, (noise, memory))
     out, memory, (read, _) = pass_over(memory, x, exit_step, keep=True)
     origins, first = memory.origin, kv.ring_block(model, cfg, memory.chunk[0])
-    x0 = to_x0(model, out, x, jnp.full(noise.shape[:2], sigmas[exit_step]))
+    kept, sigma = to_x0(model, out, x, level(sigmas[exit_step])), level(0.0)
+    if sampler.commit == "last":
+      kept, sigma = jnp.where(exit_step == last, x, renoise(sampler, kept, last, keys)), level(sigmas[last])
     if beginning is not None:
-      x0 = beginning.over(x0, memory.chunk[0])
-    memory = commit(quiet_model, cfg, fixed, memory, x0, **how)
+      kept, sigma = beginning.committed(kept, sigma, memory.chunk[0])
+    memory = commit(quiet_model, cfg, fixed, memory, kept, sigma, **how)
     own = lambda x, width: jax.lax.dynamic_slice_in_dim(x, first * width, nb * width, 2)
     k, v = own(memory.k, BLOCK), own(memory.v, BLOCK)
     content = jax.vmap(lambda v: block_content(v, model.layout))(v)

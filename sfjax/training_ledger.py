@@ -37,11 +37,11 @@ ROLLOUT = {
   "gathered": "student's weights, gathered",
   "quiet": "student's weights, as they are computed with",
   "memory": "the rollout's memory",
-  "kept": "clean keys and values, as made and by layer",
+  "kept": "kept keys and values, as made and by layer",
 }
 GRADIENT = {
   "gathered": "all weights, gathered",
-  "kept": "clean keys and values, by layer",
+  "kept": "kept keys and values, by layer",
   "inputs": "what each layer was given",
   "layer": "one layer's backward pass",
   "gradient": "student's gradient, of what was gathered",
@@ -145,7 +145,7 @@ def predict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: 
   chunks, size = teacher.chunk_frames // model.chunk_frames, jnp.dtype(model.dtype).itemsize * batch
   tokens, slots = chunks * model.layout.tokens, chunks * model.layout.slots
   kept = 2 * model.layers * slots * (model.dim // tensor) * size
-  # A layer reads its clip's keys twice, clean and noisy, what was there before them, and P once more for each chunk.
+  # A layer reads its clip's keys twice, kept and noisy, what was there before them, and P once more for each chunk.
   memory = config.memory
   blocks = memory.resident_blocks(model.layout) + 2 * chunks * model.layout.blocks
   if memory.rope_cap is not None:

@@ -111,8 +111,17 @@ def test_conversions_agree(name, drawn):
     ("guidance", float("nan")),
     ("routing", "never"),
     ("commit", "none"),
+    ("last_sigma", 0.99),
+    ("last_sigma", -0.1),
   ],
 )
 def test_a_bad_sampler_is_refused(field, value):
   with pytest.raises(ValueError, match=f"^{field}: "):
     SamplerConfig(**{field: value})
+
+
+def test_the_last_step_may_have_a_noise_of_its_own():
+  usual, own = (SamplerConfig("few_step", 4, 15.0, last_sigma=sigma) for sigma in (0.0, 0.4))
+  np.testing.assert_array_equal(own.sigmas, np.float32([*usual.sigmas[:3], 0.4, 0.0]))
+  with pytest.raises(ValueError, match="last_sigma: 0.4; want more than one step"):
+    SamplerConfig(steps=1, last_sigma=0.4)

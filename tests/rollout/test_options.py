@@ -13,7 +13,7 @@ from sfjax import attention, rollout
 from sfjax import memory as kv
 from sfjax.flow import SamplerConfig, few_step, to_x0
 from sfjax.routing import pool_keys
-from tests.rollout.toy import FAR, KEY, MEMORY, MODEL, distance
+from tests.rollout.toy import FAR, KEY, MEMORY, MODEL, distance, same_memory
 
 STEPS, CHUNKS = 3, 3
 
@@ -26,10 +26,12 @@ def start(params, text, cfg=MEMORY, null=None):
   return rollout.start(MODEL, cfg, params, text[:2], null_text=null)
 
 
-def play(sampler, params, memory, cfg=MEMORY, in_place=True):
+def play(sampler, params, memory, cfg=MEMORY, in_place=True, beginning=None):
   """Latents [n,B,F,h,w,C] of three chunks and the memory after them: the window is full then, and P holds blocks."""
   chunk = jax.jit(
-    lambda m: rollout.rollout_chunk(MODEL, cfg, sampler, params, m, KEY, jnp.arange(2), in_place=in_place)
+    lambda m: rollout.rollout_chunk(
+      MODEL, cfg, sampler, params, m, KEY, jnp.arange(2), in_place=in_place, beginning=beginning
+    )
   )
   made = []
   for _ in range(CHUNKS):
@@ -127,12 +129,7 @@ def test_what_the_last_step_leaves_is_the_commit(played, params, text, routing, 
     x, hand = step(hand)
     want.append(x)
   assert distance(got, want) <= 1e-5  # another program, the same sums
-  np.testing.assert_array_equal(memory.origin, hand.origin)
-  np.testing.assert_array_equal(memory.chunk, hand.chunk)
-  # Means are rounded to bfloat16, one in thousands the other way, and scores are made of them.
-  for leaf, tolerance in (("k", 2e-5), ("v", 2e-5), ("pooled", 2**-8), ("score", 2**-8)):
-    a, b = (np.asarray(getattr(m, leaf), np.float64) for m in (memory, hand))
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=leaf)
+  same_memory(memory, hand)
 
 
 def test_a_kept_last_step_is_not_a_clean_one(played, params, text):
@@ -144,10 +141,20 @@ def test_a_kept_last_step_is_not_a_clean_one(played, params, text):
   assert distance(beside.k, after_last.k) <= 1e-5 and distance(beside.v, after_last.v) <= 1e-5
 
 
-def test_a_real_chunk_is_not_committed_as_it_was_denoised(params, text):
-  latents = jnp.zeros((2, 1, 3, *MODEL.latent_size, MODEL.latent_channels))
-  beginning = rollout.Beginning(latents, jnp.ones((2, 1), bool))
-  with pytest.raises(ValueError, match="^beginning: given with a sampler of commit 'last'; want 'clean'"):
-    rollout.rollout_chunk(
-      MODEL, MEMORY, few(commit="last"), params, start(params, text), KEY, jnp.arange(2), beginning=beginning
-    )
+@pytest.mark.parametrize(("guidance", "in_place"), [(1.0, False), (3.0, True)])
+def test_a_real_chunk_is_committed_clean(params, text, guidance, in_place):
+  """Of two videos the first is real: its memory is that of `append_chunk`, the other's as without a beginning."""
+  sampler, before = few(commit="last", guidance=guidance), start(params, text, null=None if guidance == 1 else text[2:])
+  shape = (2, CHUNKS, 3, *MODEL.latent_size, MODEL.latent_channels)
+  latents = jax.random.normal(jax.random.key(8), shape)
+  beginning = rollout.Beginning(latents, jnp.asarray([[True] * CHUNKS, [False] * CHUNKS]))
+  made, memory = play(sampler, params, before, in_place=in_place, beginning=beginning)
+  usual, without = play(sampler, params, before, in_place=in_place)
+  append, given = jax.jit(lambda m, x0: rollout.append_chunk(MODEL, MEMORY, params, m, x0, in_place)), before
+  for t in range(CHUNKS):
+    given = append(given, latents[:, t])
+  np.testing.assert_array_equal(made[:, 0], latents[0])
+  assert distance(made[:, 1], usual[:, 1]) <= 1e-5
+  for i, want in enumerate((given, without)):  # a video's rows: of its prompt, and of the null prompt
+    same_memory(*(jax.tree.map(lambda x: x[:, i::2] if x.ndim > 2 else x, m) for m in (memory, want)))  # noqa: B023
+  assert distance(memory.k[:, ::2], without.k[:, ::2]) > FAR

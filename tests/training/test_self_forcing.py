@@ -10,7 +10,17 @@ import pytest
 
 from sfjax import checkpoint, cluster, rollout, self_forcing, teacher_forcing, training
 from sfjax.codec import DigitsCodec
-from sfjax.config import Config, DataConfig, DistillConfig, Stage, TrainConfig, load_config, to_dataclass, to_dict
+from sfjax.config import (
+  Config,
+  DataConfig,
+  DistillConfig,
+  Stage,
+  TrainConfig,
+  apply_overrides,
+  load_config,
+  to_dataclass,
+  to_dict,
+)
 from sfjax.data.loader import make_loader
 from sfjax.errors import UserError
 from sfjax.flow import SamplerConfig
@@ -188,6 +198,14 @@ def test_a_longer_rollout_begins_with_them_too(teacher, text, beginning):
   np.testing.assert_allclose(one[1], nothing[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["student", "student_memory"])
+def test_a_sampler_that_commits_its_last_step_is_a_students(variant):
+  config = load_config(f"configs/digits.py:{variant}")
+  config = to_dataclass(Config, apply_overrides(config, {"sampler.commit": "last"}))
+  assert config.sampler.passes == config.sampler.steps == 4
+  assert len(self_forcing.source(config, config.train.stages[0])) > 0
+
+
 def test_what_real_beginnings_show():
   """Of the digits' config: up to the chunk that covers the digit, within the clips that the teacher judges."""
   config = to_dataclass(Config, load_config("configs/digits.py:student_memory"))
@@ -240,6 +258,7 @@ def test_a_teacher_that_does_not_fit(teacher, change, line):
     ({}, Stage(1.0, chunks=3, batch=2, firsts=2), "stages: chunks 3, firsts 2"),
     ({}, Stage(1.0, chunks=3, batch=2, dense=True), "dense True; with a teacher want .*dense False"),
     (dict(sampler=SamplerConfig("few_step", 2, guidance=6.0)), STAGE, "config.sampler: kind few_step, guidance 6.0"),
+    (dict(sampler=SamplerConfig("few_step", 2, routing="chunk")), STAGE, "config.sampler: .*chunk; want .*step; that"),
     (
       {},
       dataclasses.replace(STAGE, known=1),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import sample
-from sfjax import checkpoint, parts, self_forcing, teacher_forcing, training, wan
+from sfjax import checkpoint, parts, sampling, self_forcing, teacher_forcing, training, wan
 from sfjax.config import Config, DataConfig, Stage, load_config, to_dataclass
 from sfjax.data.loader import PromptFile
 from sfjax.errors import UserError
@@ -47,6 +47,7 @@ def moved(old, new) -> set[str]:
 
 
 def test_a_student_learns_from_prompts_alone(config, folder, tmp_path, monkeypatch):  # noqa: F811
+  config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, commit="last"))
   loads, load_text = [], wan.load_text
   monkeypatch.setattr(wan, "load_text", lambda *a: loads.append(1) or load_text(*a))
   before, state, fixed = {}, self_forcing.state(config), self_forcing.fixed(config)
@@ -66,6 +67,9 @@ def test_a_student_learns_from_prompts_alone(config, folder, tmp_path, monkeypat
   assert not moved(jax.tree.map(lambda x: x.astype(jnp.bfloat16), state["ema"]["dit"]), exported)
   sample.main(["--checkpoint", str(model), "--prompt", "a cat", "--seconds", "0.5", "--out", str(tmp_path / "out")])
   assert (tmp_path / "out" / "00.mp4").stat().st_size > 0
+  record = json.loads((tmp_path / "out" / "run.json").read_text())
+  assert record["config"]["sampler"]["commit"] == "last"  # as it was trained, unless told otherwise
+  assert sampling.Sampler(model, commit="clean").config.sampler.commit == "clean"
 
 
 @pytest.mark.parametrize("linked", [True, False])
