@@ -1,5 +1,7 @@
 """A teacher's trajectories: python -m sfjax.ode --checkpoint TEACHER --out DIR --pairs N; and training a student on them.
 
+A converted folder of Wan2.1 is a teacher of clips of 21 latents, asked by the prompts of a file (--prompts).
+
 The teacher solves its flow from noise to a clip, with guidance, in many steps; kept are the clip and the states at the few
 noise levels that a student will visit. The student, its real memory switched on, learns to name the clip from each of these:
 it can then take few steps, and needs no guidance. (self_forcing section 4.1)
@@ -11,6 +13,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import sys
 
 import grain
@@ -24,12 +27,13 @@ from safetensors.numpy import load, save
 from sfjax import captions, distill, teacher_forcing
 from sfjax.checkpoint import load_config
 from sfjax.config import Config, Stage, to_dataclass
-from sfjax.data.loader import Prompts, Source
+from sfjax.data.loader import PromptFile, Prompts, Source
 from sfjax.errors import Parser, UserError, command
 from sfjax.flow import SamplerConfig, to_x0
 from sfjax.objective import clip_keys, teacher_forced
-from sfjax.parts import load_model
+from sfjax.parts import load_model, of_wan
 from sfjax.runlog import make_folder, replacing, write_json_atomic
+from sfjax.wan import CLIP, MANY_STEPS, NEGATIVE
 
 _CARD = "pairs.json"
 abstract_model, fixed, state = teacher_forcing.abstract_model, teacher_forcing.fixed, teacher_forcing.state
@@ -59,6 +63,9 @@ def _shard(index: int) -> str:
 class Pairs:
   """The trajectories in a folder: {"states": float16 [K+1,T,h,w,C], "caption": str}.
 
+  Attributes:
+    captions: all of them, in order.
+
   Raises:
     UserError: no such folder, shards that are missing, or levels that are not those of the sampler.
   """
@@ -78,6 +85,7 @@ class Pairs:
       )
     if len(card["sigmas"]) != len(sampler.sigmas) or not np.allclose(card["sigmas"], sampler.sigmas, atol=1e-6):
       raise UserError(f"config.sampler: its levels are {sampler.sigmas.tolist()}; {path} holds {card['sigmas']}")
+    self.captions = card["captions"]
     self._records = grain.sources.ArrayRecordDataSource([str(f) for f in files])
 
   def __len__(self) -> int:
@@ -89,17 +97,20 @@ class Pairs:
 
 
 def source(config: Config, stage: Stage) -> Source:
-  """The trajectories at config.data.path.
+  """The trajectories at config.data.path; their captions are prepared.
 
   Raises:
-    UserError: as `Pairs`, or clips of another length than the stage's.
+    UserError: as `Pairs`, clips of another length than the stage's or of another size than the model's, or no text encoder.
   """
   pairs = Pairs(config.data.path, config.sampler)
-  latents = pairs[0]["states"].shape[1]
+  latents, *size = pairs[0]["states"].shape[1:]
   if latents != stage.chunks * config.model.chunk_frames or stage.firsts:
     raise UserError(
       f"config.train.stages: chunks {stage.chunks}, firsts {stage.firsts}; these clips have {latents} latents"
     )
+  if size != (want := [*config.model.latent_size, config.model.latent_channels]):
+    raise UserError(f"config.model: latents of {want}; those at config.data.path are of {size}")
+  captions.encoder_of(config.model).prepare(config, {"config.data.path": pairs.captions})
   return pairs
 
 
@@ -127,35 +138,65 @@ def loss(config: Config, stage: Stage, params: dict, inputs, key: Array, index):
 step = functools.partial(teacher_forcing.step, of=loss)
 
 
+def _teacher(a) -> tuple[Config, str]:
+  """The config of the folder `a.checkpoint` as a teacher's of whole clips, and what its guidance leads away from."""
+  config = to_dataclass(Config, load_config(a.checkpoint), "--checkpoint: config")
+  wan, folder = of_wan(config.model), pathlib.Path(a.checkpoint)
+  if wan and not (folder / "text.json").is_file():
+    raise UserError(f"--checkpoint: {folder} holds no text encoder for the prompts; convert one into it")
+  if wan and not a.prompts:
+    raise UserError("--prompts: none; Wan2.1's models want a text file, one prompt a line")
+  given = {name: getattr(a, name) for name in ("shift", "guidance") if getattr(a, name) is not None}
+  latents = a.latents or (CLIP if wan else config.model.chunk_frames)
+  try:
+    sampler = dataclasses.replace(MANY_STEPS if wan else config.sampler, kind="euler", steps=a.steps, **given)
+    model = dataclasses.replace(config.model, chunk_frames=latents, param_dtype=config.model.dtype)
+  except ValueError as e:
+    flags = {"tile": f"latents: {latents}; "}
+    raise UserError(f"--{flags.get(str(e).partition(':')[0], '')}{e}") from e
+  own = dataclasses.replace(config.distill, teacher=a.checkpoint)  # whose text encoder embeds the prompts
+  negative = NEGATIVE if wan else ""
+  return dataclasses.replace(config, model=model, sampler=sampler, distill=own), negative
+
+
 @command
 def main(argv: list[str]) -> None:
   """Writes the trajectories shard by shard; shards that are there already are left as they are."""
   p = Parser(prog="python -m sfjax.ode", description=__doc__.splitlines()[0])
-  p.add_argument("--checkpoint", required=True, help="folder of a bidirectional model")
+  p.add_argument("--checkpoint", required=True, help="folder of a bidirectional model, or a converted one of Wan2.1")
   p.add_argument("--out", required=True, help="folder of the shards; rerun to go on")
+  p.add_argument("--prompts", metavar="FILE", help="one a line, taken in turn; default: captions as digits have them")
   p.add_argument("--pairs", type=int, default=1024)
   p.add_argument("--batch", type=int, default=32, help="clips side by side; a shard's clips")
+  p.add_argument("--part", default="0/1", metavar="I/N", help="every N-th shard from the I-th on: a process a GPU")
+  p.add_argument("--latents", type=int, help="of a clip; default: those of the model's chunk, 21 for Wan2.1")
   p.add_argument("--steps", type=int, default=48, help="of the teacher")
   p.add_argument("--levels", type=int, default=4, help="steps of the student: a divisor of --steps")
   p.add_argument("--shift", type=float, help="of both schedules; default: the teacher's")
-  p.add_argument("--guidance", type=float, help="of the teacher; default: its own")
+  p.add_argument("--guidance", type=float, help="of the teacher; default: its own, 5 for Wan2.1")
   p.add_argument("--seed", type=int, default=0, help="of prompts and noise")
   a = p.parse_args(argv)
-  for flag in ("pairs", "batch", "levels"):
-    if getattr(a, flag) < 1:
+  for flag in ("pairs", "batch", "levels", "latents"):
+    if getattr(a, flag) is not None and getattr(a, flag) < 1:
       raise UserError(f"--{flag}: {getattr(a, flag)}; want at least 1")
   if a.steps < 1 or a.steps % a.levels:
     raise UserError(f"--levels: {a.levels} does not divide --steps {a.steps}")
   if a.pairs % a.batch:
     raise UserError(f"--pairs: {a.pairs} is not a multiple of --batch {a.batch}")
-  config = to_dataclass(Config, load_config(a.checkpoint), "--checkpoint: config")
-  params, model = load_model(a.checkpoint, abstract_model(config), "--checkpoint"), config.model
-  given = {name: getattr(a, name) for name in ("shift", "guidance") if getattr(a, name) is not None}
-  try:
-    sampler = dataclasses.replace(config.sampler, kind="euler", steps=a.steps, **given)
-  except ValueError as e:
-    raise UserError(f"--{e}") from e
-  prompts = Prompts(teacher_forcing.source(config, config.train.stages[0]))
+  found = re.fullmatch(r"(\d+)/(\d+)", a.part)
+  first, parts = map(int, found.groups()) if found else (0, 0)
+  if first >= parts:
+    raise UserError(f"--part: {a.part!r}; want I/N, I from 0 to N - 1")
+  config, negative = _teacher(a)
+  model, sampler = config.model, config.sampler
+  params = load_model(a.checkpoint, abstract_model(config), "--checkpoint")
+  if a.prompts:
+    prompts = PromptFile(a.prompts, "--prompts")
+  else:
+    prompts = Prompts(teacher_forcing.source(config, config.train.stages[0]))
+  shards = a.pairs // a.batch
+  told = [prompts[(a.seed * 2**24 + i) % len(prompts)]["caption"] for i in range(a.pairs)]
+  captions.encoder_of(model).prepare(config, {"--prompts": told, "the negative prompt": [negative]})
 
   @jax.jit
   def make(params, text, index):
@@ -165,32 +206,36 @@ def main(argv: list[str]) -> None:
     denoise = distill.denoiser(model, params["dit"], kv(text.prompt), kv(text.null), sampler.guidance)
     return trajectory(denoise, sampler, noise, a.levels).astype(jnp.float16)
 
-  out, shards = make_folder(a.out, "--out"), a.pairs // a.batch
+  out = make_folder(a.out, "--out")
   few = dataclasses.replace(sampler, kind="few_step", steps=a.levels, guidance=1.0)
-  card = vars(a) | {
+  card = {name: value for name, value in vars(a).items() if name not in ("out", "part", "prompts")} | {
     "shards": shards,
     "sigmas": few.sigmas.tolist(),
     "guidance": sampler.guidance,
     "shift": sampler.shift,
+    "latents": model.chunk_frames,
+    "negative": negative,
+    "captions": told,
   }
-  card.pop("out")
   if (out / _CARD).is_file() and json.loads((out / _CARD).read_text()) != card:
     raise UserError(f"--out: {out} holds trajectories of other flags, see {_CARD}")
   write_json_atomic(out / _CARD, card)
   from tqdm import tqdm
 
-  for shard in tqdm(range(shards), unit="shard", disable=None):
+  for shard in tqdm(range(first, shards, parts), unit="shard", disable=None):
     if (out / _shard(shard)).is_file():
       continue
     index = np.arange(shard * a.batch, (shard + 1) * a.batch)
-    told = [prompts[(a.seed * 2**24 + int(i)) % len(prompts)]["caption"] for i in index]
-    states = np.asarray(make(params, captions.text(config, told), index))
+    own = told[index[0] : index[-1] + 1]
+    states = np.asarray(make(params, captions.text(config, own, negative), index))
     with replacing(out / _shard(shard)) as part:
       writer = ArrayRecordWriter(str(part), "group_size:1")
-      for caption, row in zip(told, states, strict=True):
+      for caption, row in zip(own, states, strict=True):
         writer.write(save({"states": row, "caption": np.frombuffer(caption.encode(), np.uint8)}))
       writer.close()
-  print(f"{out}: {a.pairs} trajectories in {shards} shards")
+  print(
+    f"{out}: {a.pairs} trajectories in {shards} shards" + (f", of which part {a.part} is made" if parts > 1 else "")
+  )
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def source(config: Config, stage: Stage) -> Source:
   """
   if of_wan(config.model):
     raise UserError(
-      f"config.data.source: {config.data.source}: clips of Wan2.1's latents cannot be read yet; want prompts, and a "
-      "config.distill.teacher"
+      f"config.data.source: {config.data.source}: clips of Wan2.1's latents cannot be read yet; want ode, or "
+      "prompts and a config.distill.teacher"
     )
   data, frames = config.data, frames_of_chunks(stage.chunks)
   size = tuple(n * DigitsCodec().space for n in config.model.latent_size)

@@ -19,7 +19,7 @@ MEMORY = {
   "dense": MemoryConfig(window=7),  # 21 latents, Self-Forcing's cache
   "bidirectional": MemoryConfig(window=1),  # one chunk of 21 latents
 }
-MEMORY |= {"student": MEMORY["sparse"], "student_dense": MEMORY["dense"]}
+MEMORY |= {"ode": MEMORY["sparse"], "student": MEMORY["sparse"], "student_dense": MEMORY["dense"]}
 CLIP = 21  # latents of a clip, 81 frames
 # What Wan2.1's guidance leads away from, as it was published with the weights.
 NEGATIVE = (
@@ -42,6 +42,8 @@ def wan_config(model: ModelConfig, variant: str = "sparse") -> Config:
   if whole:
     model = dataclasses.replace(model, chunk_frames=CLIP)
   stage = Stage(until=1.0, chunks=1 if whole else 7, batch=1)
+  if variant == "ode":
+    return _ode(model, MEMORY[variant], dataclasses.replace(stage, batch=0))
   if variant.startswith("student"):
     return _student(model, MEMORY[variant], dataclasses.replace(stage, batch=0))
   return Config(
@@ -51,6 +53,18 @@ def wan_config(model: ModelConfig, variant: str = "sparse") -> Config:
     sampler=MANY_STEPS if whole else FEW_STEPS,
     data=DataConfig(source="folder", fps=16.0),
     train=TrainConfig(steps=1000, stages=(stage,), lr=1e-5),
+  )
+
+
+def _ode(model: ModelConfig, memory: MemoryConfig, stage: Stage) -> Config:
+  """A causal model's beginning, from trajectories (self_forcing section 4.1, where steps and rates are not told)."""
+  return Config(
+    name="wan",
+    model=dataclasses.replace(model, remat="full"),
+    memory=memory,
+    sampler=FEW_STEPS,
+    data=DataConfig(source="ode", fps=16.0),
+    train=TrainConfig(steps=3000, stages=(stage,), lr=2e-6, betas=(0.9, 0.999), clip=10.0, ema=0.99, log_every=10),
   )
 
 

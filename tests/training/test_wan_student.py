@@ -152,7 +152,10 @@ def test_lines_of_a_file(tmp_path):
     (dict(path=""), r"config.data.path: ''; want a text file, one prompt a line"),
     (dict(path="/nowhere"), r"config.data.path: /nowhere cannot be read \(No such file or directory\)"),
     (dict(path="EMPTY"), "config.data.path: .*empty.txt holds no prompt; want one a line"),
-    (dict(source="folder"), "config.data.source: folder: clips of Wan2.1's latents cannot be read yet; want prompts"),
+    (
+      dict(source="folder"),
+      "config.data.source: folder: clips of Wan2.1's latents cannot be read yet; want ode, or prompts",
+    ),
   ],
 )
 def test_prompts_that_are_refused(config, tmp_path, change, line):
