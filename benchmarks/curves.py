@@ -39,9 +39,10 @@ def draw(stages: dict[str, list[dict]], path: pathlib.Path) -> None:
       ax.legend(*lines, loc="center left", fontsize="small", frameon=False)
       continue
     stage, name = panel
-    for run, colour in zip(stages[stage], COLOURS, strict=False):
+    for i, run in enumerate(stages[stage]):
+      style = dict(color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":", "-.")[i // len(COLOURS)])
       told = [(m["step"], m[name]) for m in run["metrics"] if name in m]
-      ax.plot(*zip(*told, strict=True), color=colour, linewidth=1.2, label=run["run"])
+      ax.plot(*zip(*told, strict=True), **style, linewidth=1.2, label=run["run"])
     ax.set(title=f"{stage}: {name}", xlabel="step", ylim=(0, None))
     ax.grid(alpha=0.3)
     lines = ax.get_legend_handles_labels()
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> None:
   record = DOCS / "training.json"
   stages = json.loads(record.read_text())
   for text in a.add:
-    stage, name, folder = (*text.split("=", 2), "", "")[:3]
+    stage, _, rest = text.partition("=")
+    name, _, folder = rest.rpartition("=")
     if stage not in STAGES or not name or not (lines := pathlib.Path(folder) / "metrics.jsonl").is_file():
       raise UserError(
         f"--add: {text!r}; want STAGE=NAME=WORKDIR, STAGE one of {', '.join(STAGES)}, with a metrics.jsonl"

@@ -2,10 +2,12 @@
 
 Variants: "sparse" (the default: a window of 3 chunks read at 25 %, 60 persistent blocks; 15.53 GB of keys, values and pooled
 keys), "window" (4 chunks, 16.49 GB), "dense" (21 latents, 28.85 GB, Self-Forcing's cache; 26.84 GB without the padding of
-blocks), "bidirectional" (one chunk of 21 latents, 50 steps: plain Wan2.1), "student" and "student_dense" (4 steps with that
-memory, distilled; --config.distill.teacher=DIR, --config.train.init=DIR: converted folders, --config.data.path=FILE: prompts),
-"ode" (a beginning for these: 4 steps from trajectories that `python -m sfjax.ode --checkpoint DIR --prompts FILE` wrote;
---config.train.init=DIR, --config.data.path=their folder).
+blocks), "bidirectional" (one chunk of 21 latents, 50 steps: plain Wan2.1).
+
+For training, from converted folders (--config.train.init=DIR): "bidirectional" and "teacher_forcing" (the sparse memory) on
+clips (--config.data.path=P: what python -m sfjax.latents --checkpoint DIR --videos FOLDER --out P made); "ode" on trajectories
+(--config.data.path=P: of python -m sfjax.ode --checkpoint DIR --prompts FILE --out P); "student" and "student_dense", 4 steps
+with that memory, distilled (--config.distill.teacher=DIR, --config.data.path=FILE: prompts, one a line).
 """
 
 from sfjax.config import to_config_dict

@@ -36,6 +36,7 @@ class SamplerConfig:
     routing: "step", each step finds what it reads; "chunk", the first step's lists serve the chunk's later steps.
     commit: whose K/V and scores the memory keeps of a chunk: "clean", those of a pass over its clean latents; "last", those of
       the last step, at the noise that it saw, which saves that pass; a given chunk's are clean.
+    last_sigma: the last step's noise, with either commit; 0 for the schedule's. The less of it, the clearer what is kept.
   """
 
   kind: str = "euler"

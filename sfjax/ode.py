@@ -11,31 +11,27 @@ Letters: B clips, K levels, T latent frames, n chunks, F latent frames of a chun
 
 import dataclasses
 import functools
-import json
 import pathlib
-import re
 import sys
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Array, Float
-from safetensors.numpy import load, save
 
 from sfjax import captions, distill, teacher_forcing
 from sfjax.checkpoint import load_config
 from sfjax.config import Config, Stage, to_dataclass
+from sfjax.data import records
 from sfjax.data.loader import PromptFile, Prompts, Source
 from sfjax.errors import Parser, UserError, command
 from sfjax.flow import SamplerConfig, to_x0
 from sfjax.objective import clip_keys, teacher_forced
 from sfjax.parts import load_model, of_wan
-from sfjax.runlog import make_folder, replacing, write_json_atomic
+from sfjax.runlog import keep_programs
 from sfjax.wan import CLIP, MANY_STEPS, NEGATIVE
 
-_CARD = "pairs.json"
+_KIND = "pairs"
 abstract_model, fixed, state = teacher_forcing.abstract_model, teacher_forcing.fixed, teacher_forcing.state
 
 
@@ -56,44 +52,18 @@ def trajectory(
   return jnp.moveaxis(jnp.concatenate([starts, end[None]]), 0, 1)
 
 
-def _shard(index: int) -> str:
-  return f"pairs-{index:05d}.array_record"
-
-
-class Pairs:
+class Pairs(records.Records):
   """The trajectories in a folder: {"states": float16 [K+1,T,h,w,C], "caption": str}.
 
-  Attributes:
-    captions: all of them, in order.
-
   Raises:
-    UserError: no such folder, shards that are missing, or levels that are not those of the sampler.
+    UserError: see `records.Records`, or levels that are not those of the sampler.
   """
 
   def __init__(self, path: str, sampler: SamplerConfig):
-    folder = pathlib.Path(path)
-    try:
-      card = json.loads((folder / _CARD).read_text())
-    except (OSError, ValueError) as e:
-      raise UserError(f"config.data.path: {path!r} is no folder that sfjax.ode wrote: {_CARD} cannot be read") from e
-    files = [folder / _shard(i) for i in range(card["shards"])]
-    missing = [f.name for f in files if not f.is_file()]
-    if missing:
-      raise UserError(
-        f"config.data.path: {path} lacks {len(missing)} of {len(files)} shards, first {missing[0]}; the same sfjax.ode "
-        "command makes them"
-      )
-    if len(card["sigmas"]) != len(sampler.sigmas) or not np.allclose(card["sigmas"], sampler.sigmas, atol=1e-6):
-      raise UserError(f"config.sampler: its levels are {sampler.sigmas.tolist()}; {path} holds {card['sigmas']}")
-    self.captions = card["captions"]
-    self._records = grain.sources.ArrayRecordDataSource([str(f) for f in files])
-
-  def __len__(self) -> int:
-    return len(self._records)
-
-  def __getitem__(self, index: int) -> dict:
-    found = load(self._records[index])
-    return {"states": found["states"], "caption": found["caption"].tobytes().decode()}
+    super().__init__(path, _KIND, "sfjax.ode")
+    sigmas = self.card["sigmas"]
+    if len(sigmas) != len(sampler.sigmas) or not np.allclose(sigmas, sampler.sigmas, atol=1e-6):
+      raise UserError(f"config.sampler: its levels are {sampler.sigmas.tolist()}; {path} holds {sigmas}")
 
 
 def source(config: Config, stage: Stage) -> Source:
@@ -110,12 +80,12 @@ def source(config: Config, stage: Stage) -> Source:
     )
   if size != (want := [*config.model.latent_size, config.model.latent_channels]):
     raise UserError(f"config.model: latents of {want}; those at config.data.path are of {size}")
-  captions.encoder_of(config.model).prepare(config, {"config.data.path": pairs.captions})
+  captions.encoder_of(config.model).prepare(config, {"config.data.path": [*pairs.captions, ""]})  # "": see `inputs`
   return pairs
 
 
 def inputs(config: Config, batch: dict):
-  """A batch of the loader as arrays: (states float16 [B,K+1,T,h,w,C], `captions.Text`)."""
+  """A batch of the loader as arrays: (states float16 [B,K+1,T,h,w,C], `captions.Text`, whose null prompt is empty)."""
   return batch["states"], captions.text(config, batch["caption"])
 
 
@@ -149,7 +119,9 @@ def _teacher(a) -> tuple[Config, str]:
   given = {name: getattr(a, name) for name in ("shift", "guidance") if getattr(a, name) is not None}
   latents = a.latents or (CLIP if wan else config.model.chunk_frames)
   try:
-    sampler = dataclasses.replace(MANY_STEPS if wan else config.sampler, kind="euler", steps=a.steps, **given)
+    sampler = dataclasses.replace(
+      MANY_STEPS if wan else config.sampler, kind="euler", steps=a.steps, last_sigma=0.0, **given
+    )
     model = dataclasses.replace(config.model, chunk_frames=latents, param_dtype=config.model.dtype)
   except ValueError as e:
     flags = {"tile": f"latents: {latents}; "}
@@ -168,11 +140,11 @@ def main(argv: list[str]) -> None:
   p.add_argument("--prompts", metavar="FILE", help="one a line, taken in turn; default: captions as digits have them")
   p.add_argument("--pairs", type=int, default=1024)
   p.add_argument("--batch", type=int, default=32, help="clips side by side; a shard's clips")
-  p.add_argument("--part", default="0/1", metavar="I/N", help="every N-th shard from the I-th on: a process a GPU")
+  p.add_argument("--part", default="0/1", metavar="I/N", help=records.PART)
   p.add_argument("--latents", type=int, help="of a clip; default: those of the model's chunk, 21 for Wan2.1")
   p.add_argument("--steps", type=int, default=48, help="of the teacher")
   p.add_argument("--levels", type=int, default=4, help="steps of the student: a divisor of --steps")
-  p.add_argument("--shift", type=float, help="of both schedules; default: the teacher's")
+  p.add_argument("--shift", type=float, help="of both schedules; default: the teacher's, 5 for Wan2.1")
   p.add_argument("--guidance", type=float, help="of the teacher; default: its own, 5 for Wan2.1")
   p.add_argument("--seed", type=int, default=0, help="of prompts and noise")
   a = p.parse_args(argv)
@@ -183,10 +155,7 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--levels: {a.levels} does not divide --steps {a.steps}")
   if a.pairs % a.batch:
     raise UserError(f"--pairs: {a.pairs} is not a multiple of --batch {a.batch}")
-  found = re.fullmatch(r"(\d+)/(\d+)", a.part)
-  first, parts = map(int, found.groups()) if found else (0, 0)
-  if first >= parts:
-    raise UserError(f"--part: {a.part!r}; want I/N, I from 0 to N - 1")
+  part = records.part(a.part)
   config, negative = _teacher(a)
   model, sampler = config.model, config.sampler
   params = load_model(a.checkpoint, abstract_model(config), "--checkpoint")
@@ -194,9 +163,13 @@ def main(argv: list[str]) -> None:
     prompts = PromptFile(a.prompts, "--prompts")
   else:
     prompts = Prompts(teacher_forcing.source(config, config.train.stages[0]))
-  shards = a.pairs // a.batch
   told = [prompts[(a.seed * 2**24 + i) % len(prompts)]["caption"] for i in range(a.pairs)]
-  captions.encoder_of(model).prepare(config, {"--prompts": told, "the negative prompt": [negative]})
+  mine = [told[i] for shard in records.shards(len(told), a.batch, part) for i in shard]
+  try:
+    captions.encoder_of(model).prepare(config, {"--prompts": mine, "the negative prompt": [negative]})
+  except UserError as e:
+    raise UserError(str(e).replace("config.distill.teacher", "--checkpoint")) from e
+  keep_programs()
 
   @jax.jit
   def make(params, text, index):
@@ -206,36 +179,20 @@ def main(argv: list[str]) -> None:
     denoise = distill.denoiser(model, params["dit"], kv(text.prompt), kv(text.null), sampler.guidance)
     return trajectory(denoise, sampler, noise, a.levels).astype(jnp.float16)
 
-  out = make_folder(a.out, "--out")
   few = dataclasses.replace(sampler, kind="few_step", steps=a.levels, guidance=1.0)
   card = {name: value for name, value in vars(a).items() if name not in ("out", "part", "prompts")} | {
-    "shards": shards,
     "sigmas": few.sigmas.tolist(),
     "guidance": sampler.guidance,
     "shift": sampler.shift,
     "latents": model.chunk_frames,
     "negative": negative,
-    "captions": told,
   }
-  if (out / _CARD).is_file() and json.loads((out / _CARD).read_text()) != card:
-    raise UserError(f"--out: {out} holds trajectories of other flags, see {_CARD}")
-  write_json_atomic(out / _CARD, card)
-  from tqdm import tqdm
 
-  for shard in tqdm(range(first, shards, parts), unit="shard", disable=None):
-    if (out / _shard(shard)).is_file():
-      continue
-    index = np.arange(shard * a.batch, (shard + 1) * a.batch)
+  def states(index):
     own = told[index[0] : index[-1] + 1]
-    states = np.asarray(make(params, captions.text(config, own, negative), index))
-    with replacing(out / _shard(shard)) as part:
-      writer = ArrayRecordWriter(str(part), "group_size:1")
-      for caption, row in zip(own, states, strict=True):
-        writer.write(save({"states": row, "caption": np.frombuffer(caption.encode(), np.uint8)}))
-      writer.close()
-  print(
-    f"{out}: {a.pairs} trajectories in {shards} shards" + (f", of which part {a.part} is made" if parts > 1 else "")
-  )
+    return {"states": np.asarray(make(params, captions.text(config, own, negative), index))}
+
+  records.write(a.out, _KIND, card, told, a.batch, part, states)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ class Sampler:
       sampler = dataclasses.replace(config.sampler, **changes)
       memory = dataclasses.replace(memory, slots=slots or memory.slots)
     except ValueError as e:
-      raise UserError(f"--{e}") from e
+      whose = f"steps: {changes.get('steps')}; the model's " if str(e).startswith("last_sigma") else ""
+      raise UserError(f"--{whose}{e}") from e
     self.config = dataclasses.replace(config, memory=memory, sampler=sampler)
     self.programs = rollout.Compiled(self.config.model, self.config.memory, sampler, self.parts.mesh)
     self.fps = config.data.fps

@@ -132,6 +132,10 @@ def source(config: Config, stage: Stage) -> Source:
   if stage.known and (config.data.source != "digits" or not stage.p_memory or not 0 < stage.known < least):
     what = f"known {stage.known}, p_memory {stage.p_memory}, of source {config.data.source}"
     raise UserError(f"config.train.stages: {what}; want known below {least}, p_memory above 0, source digits")
+  if config.data.source in ("ode", "latents"):
+    raise UserError(
+      f"config.data.source: {config.data.source}, and a config.distill.teacher; want one of the two, or prompts"
+    )
   told, encoder = {"config.distill.negative": [config.distill.negative]}, captions.encoder_of(config.model)
   if config.data.source != "prompts":
     encoder.prepare(config, told)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from sfjax import captions, cluster, rollout
+from sfjax import captions, cluster, latents, rollout
 from sfjax.axes import AXES, BATCH, mean_gradient, on_devices, split
 from sfjax.codec import DigitsCodec
 from sfjax.config import Config, Stage
@@ -39,12 +39,13 @@ def source(config: Config, stage: Stage) -> Source:
   """The stage's clips.
 
   Raises:
-    UserError: an unknown source, no path where one is needed, a size that digits do not have, or a model of Wan2.1's latents.
+    UserError: an unknown source, no path where one is needed, a size that digits do not have, or see `latents.source`.
   """
   if of_wan(config.model):
+    if config.data.source == "latents":
+      return latents.source(config, stage)
     raise UserError(
-      f"config.data.source: {config.data.source}: clips of Wan2.1's latents cannot be read yet; want ode, or "
-      "prompts and a config.distill.teacher"
+      f"config.data.source: {config.data.source}; Wan2.1's models want latents, ode, or prompts and a config.distill.teacher"
     )
   data, frames = config.data, frames_of_chunks(stage.chunks)
   size = tuple(n * DigitsCodec().space for n in config.model.latent_size)
@@ -53,10 +54,10 @@ def source(config: Config, stage: Stage) -> Source:
       raise UserError("config.data.path: ''; want the folder of the videos")
     return VideoFolder(data.path, size, data.fps, frames)
   if data.source != "digits":
-    if data.source in ("ode", "prompts"):
-      what = {"ode": "trajectories", "prompts": "captions alone"}[data.source]
+    if data.source in (other := {"ode": "trajectories", "prompts": "captions alone", "latents": "Wan2.1's latents"}):
+      what = other[data.source]
       raise UserError(f"config.data.source: {data.source} holds {what}, not clips; want digits or folder")
-    raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder, ode, prompts")
+    raise UserError(f"config.data.source: {data.source!r}; accepted are digits, folder, latents, ode, prompts")
   if size != (SIZE, SIZE):
     want = SIZE // DigitsCodec().space
     raise UserError(f"config.model.latent_size: {config.model.latent_size}; digits want ({want}, {want})")
@@ -69,8 +70,8 @@ def source(config: Config, stage: Stage) -> Source:
 
 
 def inputs(config: Config, batch: dict):
-  """A batch of the loader as arrays: (frames uint8 [B,F,h,w,3], `captions.Text`)."""
-  return batch["frames"], captions.text(config, batch["caption"])
+  """A batch of the loader as arrays: (frames uint8 [B,F,h,w,3], or latents float16 [B,T,h,w,C], and `captions.Text`)."""
+  return batch["latents" if "latents" in batch else "frames"], captions.text(config, batch["caption"])
 
 
 def fixed(config: Config, mesh: Mesh | None = None):
@@ -92,8 +93,9 @@ def state_of(config: Config, params: dict, mesh: Mesh | None = None) -> dict:
 
 def clip_loss(config: Config, stage: Stage, params: dict, inputs, key, index):
   """`objective.loss` of a batch: (loss, metrics)."""
-  frames, text = inputs
-  return loss(config, stage, params, DigitsCodec().encode(frames), text, key, index)
+  clips, text = inputs
+  x0 = clips.astype(jnp.float32) if of_wan(config.model) else DigitsCodec().encode(clips)
+  return loss(config, stage, params, x0, text, key, index)
 
 
 def step(

@@ -19,7 +19,8 @@ MEMORY = {
   "dense": MemoryConfig(window=7),  # 21 latents, Self-Forcing's cache
   "bidirectional": MemoryConfig(window=1),  # one chunk of 21 latents
 }
-MEMORY |= {"ode": MEMORY["sparse"], "student": MEMORY["sparse"], "student_dense": MEMORY["dense"]}
+MEMORY |= {name: MEMORY["sparse"] for name in ("teacher_forcing", "ode", "student")}
+MEMORY |= {"student_dense": MEMORY["dense"]}
 CLIP = 21  # latents of a clip, 81 frames
 # What Wan2.1's guidance leads away from, as it was published with the weights.
 NEGATIVE = (
@@ -42,6 +43,8 @@ def wan_config(model: ModelConfig, variant: str = "sparse") -> Config:
   if whole:
     model = dataclasses.replace(model, chunk_frames=CLIP)
   stage = Stage(until=1.0, chunks=1 if whole else 7, batch=1)
+  if whole or variant == "teacher_forcing":
+    model, stage = dataclasses.replace(model, remat="full"), dataclasses.replace(stage, batch=0)
   if variant == "ode":
     return _ode(model, MEMORY[variant], dataclasses.replace(stage, batch=0))
   if variant.startswith("student"):
@@ -51,7 +54,7 @@ def wan_config(model: ModelConfig, variant: str = "sparse") -> Config:
     model=model,
     memory=MEMORY[variant],
     sampler=MANY_STEPS if whole else FEW_STEPS,
-    data=DataConfig(source="folder", fps=16.0),
+    data=DataConfig(source="latents", fps=16.0),
     train=TrainConfig(steps=1000, stages=(stage,), lr=1e-5),
   )
 

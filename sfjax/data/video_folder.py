@@ -77,6 +77,11 @@ class VideoFolder:
   def __len__(self) -> int:
     return int(self._ends[-1])
 
+  @property
+  def captions(self) -> list[str]:
+    """Of all clips, in order; nothing is decoded."""
+    return [video.caption for video in self._videos for _ in range(video.clips)]
+
   def __getitem__(self, index: int) -> dict:
     """{"frames": uint8 [frames, height, width, 3], "caption": str}.
 

@@ -17,8 +17,9 @@ def test_every_stage_has_its_curves(tmp_path):
   image = np.asarray(Image.open(tmp_path / "training.png").convert("RGB"))
   pixels = {tuple(x) for x in np.unique(image.reshape(-1, 3), axis=0).tolist()}
   most = max(map(len, stages.values()))
-  assert most <= len(curves.COLOURS)
   assert {tuple(round(255 * c) for c in to_rgb(colour)) for colour in curves.COLOURS[:most]} <= pixels
+  stages["ode"] *= len(curves.COLOURS) + 1  # more than there are colours
+  curves.draw(stages, tmp_path / "more.png")
 
 
 def test_a_run_is_added_once(tmp_path, monkeypatch):
@@ -27,10 +28,10 @@ def test_a_run_is_added_once(tmp_path, monkeypatch):
   lines = [{"step": s, "x0_error": 1 / (s + 0.777), "importance": 0.5, "grad_norm": 1.0} for s in (10, 20)]
   (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
   for _ in range(2):
-    curves.main(["--add", f"ode=a run={tmp_path}"])
+    curves.main(["--add", f"ode=a=run={tmp_path}"])
   kept = json.loads((tmp_path / "training.json").read_text())
   want = [{"step": 10, "x0_error": 0.09279, "importance": 0.5}, {"step": 20, "x0_error": 0.04813, "importance": 0.5}]
-  assert kept["ode"] == [{"run": "a run", "metrics": want}] and not kept["self_forcing"]
+  assert kept["ode"] == [{"run": "a=run", "metrics": want}] and not kept["self_forcing"]
   assert (tmp_path / "training.png").stat().st_size > 0
 
 

@@ -165,7 +165,7 @@ def test_what_cannot_be_trained_on(config, folder, change, line):
     (["--pairs", 3], "--pairs: 3 is not a multiple of --batch 2"),
     (["--batch", 0], "--batch: 0; want at least 1"),
     (["--shift", 0], "--shift: 0.0; want a positive number"),
-    (["--seed", 1], "holds trajectories of other flags"),
+    (["--seed", 1], "holds pairs of other flags"),
   ],
 )
 def test_flags_that_are_refused(teacher, folder, flags, line, capsys):

@@ -128,7 +128,10 @@ def test_a_rerun_may_change_how_long_and_how_often_but_not_the_experiment(config
   "change, match",
   [
     (dict(data=DataConfig(source="folder")), "config.data.path: ''"),
-    (dict(data=DataConfig(source="tape")), "config.data.source: 'tape'; accepted are digits, folder, ode, prompts"),
+    (
+      dict(data=DataConfig(source="tape")),
+      "config.data.source: 'tape'; accepted are digits, folder, latents, ode, prompts",
+    ),
     (dict(model=ModelConfig.digits(latent_size=(16, 16))), r"latent_size: \(16, 16\); digits want \(32, 32\)"),
     (dict(model=ModelConfig.digits(linear="float8")), "config.model.linear: float8; want dtype in training"),
     (dict(train=TrainConfig(1, (Stage(1.0, 1, 1),), init="absent")), "config.train.init: absent is not a folder"),

@@ -47,7 +47,7 @@ def moved(old, new) -> set[str]:
 
 
 def test_a_student_learns_from_prompts_alone(config, folder, tmp_path, monkeypatch):  # noqa: F811
-  config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, commit="last"))
+  config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, commit="last", last_sigma=0.4))
   loads, load_text = [], wan.load_text
   monkeypatch.setattr(wan, "load_text", lambda *a: loads.append(1) or load_text(*a))
   before, state, fixed = {}, self_forcing.state(config), self_forcing.fixed(config)
@@ -70,6 +70,8 @@ def test_a_student_learns_from_prompts_alone(config, folder, tmp_path, monkeypat
   record = json.loads((tmp_path / "out" / "run.json").read_text())
   assert record["config"]["sampler"]["commit"] == "last"  # as it was trained, unless told otherwise
   assert sampling.Sampler(model, commit="clean").config.sampler.commit == "clean"
+  with pytest.raises(UserError, match="--steps: 1; the model's last_sigma: 0.4; want more than one step"):
+    sampling.Sampler(model, steps=1)
 
 
 @pytest.mark.parametrize("linked", [True, False])
@@ -154,7 +156,11 @@ def test_lines_of_a_file(tmp_path):
     (dict(path="EMPTY"), "config.data.path: .*empty.txt holds no prompt; want one a line"),
     (
       dict(source="folder"),
-      "config.data.source: folder: clips of Wan2.1's latents cannot be read yet; want ode, or prompts",
+      "config.data.source: folder; Wan2.1's models want latents, ode, or prompts and a config.distill",
+    ),
+    (
+      dict(source="latents"),
+      "config.data.source: latents, and a config.distill.teacher; want one of the two, or prompts",
     ),
   ],
 )
@@ -168,7 +174,7 @@ def test_prompts_that_are_refused(config, tmp_path, change, line):
 
 def test_what_else_is_refused(config, tmp_path):
   prompts = dataclasses.replace(config, distill=dataclasses.replace(config.distill, teacher=""))
-  with pytest.raises(UserError, match="config.data.source: prompts: clips of Wan2.1's .* and a config.distill.teacher"):
+  with pytest.raises(UserError, match="config.data.source: prompts; Wan2.1's .* prompts and a config.distill.teacher"):
     teacher_forcing.source(prompts, Stage(1.0, chunks=2, batch=1))
   digits = to_dataclass(Config, load_config("configs/digits.py:tiny"))
   with pytest.raises(UserError, match="config.data.source: prompts holds captions alone, not clips"):
