@@ -27,9 +27,9 @@ class DataConfig:
   """Where clips come from.
 
   Attributes:
-    source: "digits", "folder" (a folder of video files with captions), "latents" (what
-      `sfjax.latents` made of one, for Wan2.1), "ode" (trajectories that `sfjax.ode` wrote), or "prompts" (a text file, one
-      prompt a line, for training that needs no clips).
+    source: "digits", "folder" (a folder of video files with captions), "latents" (what `sfjax.latents` made of
+      one, for Wan2.1), "ode" (trajectories that `sfjax.ode` wrote), or "prompts" (a text file, one prompt a line, for
+      training that needs no clips).
     path: the folder or file. fps: frames per second of the clips (digits: 16).
     colour_only, none: shares of captions without the class, and of empty ones; the rest names everything.
   """

@@ -3,7 +3,6 @@
 Its VAE takes longer over a clip than a training step may, so clips are encoded once, as long as the teacher's, and kept.
 """
 
-import functools
 import pathlib
 import sys
 
@@ -23,16 +22,17 @@ from sfjax.wan_vae import WanVAE, from_uint8
 _KIND = "latents"
 
 
-def source(config: Config, stage: Stage) -> records.Records:
-  """The clips at config.data.path: {"latents": float16 [T,h,w,C], "caption": str}; captions and the empty one are prepared.
+def fitting(config: Config, stage: Stage, clips: records.Records, shape: tuple[int, ...], spare: int = 0):
+  """Clips of latents of that shape [T,h,w,C], as the stage and the model want them; captions and the empty one are prepared.
+
+  Args:
+    spare: how many latents may be left over where a clip is cut into chunks.
 
   Raises:
-    UserError: see `records.Records`, clips of another length than the stage's or of another size than the model's, or no
-      text encoder.
+    UserError: clips of another length than the stage's or of another size than the model's, or no text encoder.
   """
-  clips, model = records.Records(config.data.path, _KIND, "sfjax.latents"), config.model
-  latents, *size = clips[0]["latents"].shape
-  if latents // model.chunk_frames != stage.chunks:
+  model, (latents, *size) = config.model, shape
+  if not 0 <= latents - stage.chunks * model.chunk_frames <= spare or stage.firsts:
     raise UserError(
       f"config.train.stages: chunks {stage.chunks}, firsts {stage.firsts}; these clips have {latents} latents"
     )
@@ -40,6 +40,12 @@ def source(config: Config, stage: Stage) -> records.Records:
     raise UserError(f"config.model: latents of {want}; those at config.data.path are of {size}")
   captions.encoder_of(model).prepare(config, {"config.data.path": [*clips.captions, ""]})
   return clips
+
+
+def source(config: Config, stage: Stage) -> records.Records:
+  """The clips at config.data.path: {"latents": float16 [T,h,w,C], "caption": str}. Raises UserError: `Records`, `fitting`."""
+  clips = records.Records(config.data.path, _KIND, "sfjax.latents")
+  return fitting(config, stage, clips, clips[0]["latents"].shape, spare=config.model.chunk_frames - 1)
 
 
 @command
@@ -67,10 +73,10 @@ def main(argv: list[str]) -> None:
   videos = VideoFolder(a.videos, size, a.fps, 1 + codec.time * (a.latents - 1))
   keep_programs()
   encode = jax.jit(lambda vae, frames: codec.encode(vae, from_uint8(frames)))
-  weights = functools.cache(lambda: wan.load_vae(a.checkpoint, sizes.vae))  # not where nothing is missing
+  weights = wan.load_vae(a.checkpoint, sizes.vae)
 
   def latents(index):
-    clips = [encode(weights(), videos[int(i)]["frames"][None])[0] for i in index]
+    clips = [encode(weights, videos[int(i)]["frames"][None])[0] for i in index]
     return {"latents": np.stack(clips).astype(np.float16)}
 
   card = {"checkpoint": a.checkpoint, "size": list(size), "fps": a.fps, "latents": a.latents}

@@ -26,6 +26,7 @@ from sfjax.data import records
 from sfjax.data.loader import PromptFile, Prompts, Source
 from sfjax.errors import Parser, UserError, command
 from sfjax.flow import SamplerConfig, to_x0
+from sfjax.latents import fitting
 from sfjax.objective import clip_keys, teacher_forced
 from sfjax.parts import load_model, of_wan
 from sfjax.runlog import keep_programs
@@ -67,21 +68,9 @@ class Pairs(records.Records):
 
 
 def source(config: Config, stage: Stage) -> Source:
-  """The trajectories at config.data.path; their captions are prepared.
-
-  Raises:
-    UserError: as `Pairs`, clips of another length than the stage's or of another size than the model's, or no text encoder.
-  """
+  """The trajectories at config.data.path. Raises UserError: see `Pairs` and `latents.fitting`."""
   pairs = Pairs(config.data.path, config.sampler)
-  latents, *size = pairs[0]["states"].shape[1:]
-  if latents != stage.chunks * config.model.chunk_frames or stage.firsts:
-    raise UserError(
-      f"config.train.stages: chunks {stage.chunks}, firsts {stage.firsts}; these clips have {latents} latents"
-    )
-  if size != (want := [*config.model.latent_size, config.model.latent_channels]):
-    raise UserError(f"config.model: latents of {want}; those at config.data.path are of {size}")
-  captions.encoder_of(config.model).prepare(config, {"config.data.path": [*pairs.captions, ""]})  # "": see `inputs`
-  return pairs
+  return fitting(config, stage, pairs, pairs[0]["states"].shape[1:])
 
 
 def inputs(config: Config, batch: dict):
@@ -124,8 +113,8 @@ def _teacher(a) -> tuple[Config, str]:
     )
     model = dataclasses.replace(config.model, chunk_frames=latents, param_dtype=config.model.dtype)
   except ValueError as e:
-    flags = {"tile": f"latents: {latents}; "}
-    raise UserError(f"--{flags.get(str(e).partition(':')[0], '')}{e}") from e
+    whose = f"latents: {latents}; " if str(e).startswith("tile") else ""
+    raise UserError(f"--{whose}{e}") from e
   own = dataclasses.replace(config.distill, teacher=a.checkpoint)  # whose text encoder embeds the prompts
   negative = NEGATIVE if wan else ""
   return dataclasses.replace(config, model=model, sampler=sampler, distill=own), negative
@@ -158,7 +147,6 @@ def main(argv: list[str]) -> None:
   part = records.part(a.part)
   config, negative = _teacher(a)
   model, sampler = config.model, config.sampler
-  params = load_model(a.checkpoint, abstract_model(config), "--checkpoint")
   if a.prompts:
     prompts = PromptFile(a.prompts, "--prompts")
   else:
@@ -169,6 +157,7 @@ def main(argv: list[str]) -> None:
     captions.encoder_of(model).prepare(config, {"--prompts": mine, "the negative prompt": [negative]})
   except UserError as e:
     raise UserError(str(e).replace("config.distill.teacher", "--checkpoint")) from e
+  params = load_model(a.checkpoint, abstract_model(config), "--checkpoint")  # when the text encoder is gone
   keep_programs()
 
   @jax.jit

@@ -71,7 +71,7 @@ def source(config: Config, stage: Stage) -> Source:
 
 def inputs(config: Config, batch: dict):
   """A batch of the loader as arrays: (frames uint8 [B,F,h,w,3], or latents float16 [B,T,h,w,C], and `captions.Text`)."""
-  return batch["latents" if "latents" in batch else "frames"], captions.text(config, batch["caption"])
+  return batch["latents" if of_wan(config.model) else "frames"], captions.text(config, batch["caption"])
 
 
 def fixed(config: Config, mesh: Mesh | None = None):

@@ -19,8 +19,8 @@ MEMORY = {
   "dense": MemoryConfig(window=7),  # 21 latents, Self-Forcing's cache
   "bidirectional": MemoryConfig(window=1),  # one chunk of 21 latents
 }
-MEMORY |= {name: MEMORY["sparse"] for name in ("teacher_forcing", "ode", "student")}
-MEMORY |= {"student_dense": MEMORY["dense"]}
+SAMPLING = ("sparse", "window", "dense")  # the other variants are to be trained
+MEMORY |= dict.fromkeys(("teacher_forcing", "ode", "student"), MEMORY["sparse"]) | {"student_dense": MEMORY["dense"]}
 CLIP = 21  # latents of a clip, 81 frames
 # What Wan2.1's guidance leads away from, as it was published with the weights.
 NEGATIVE = (
@@ -43,43 +43,15 @@ def wan_config(model: ModelConfig, variant: str = "sparse") -> Config:
   if whole:
     model = dataclasses.replace(model, chunk_frames=CLIP)
   stage = Stage(until=1.0, chunks=1 if whole else 7, batch=1)
-  if whole or variant == "teacher_forcing":
+  if variant not in SAMPLING:
     model, stage = dataclasses.replace(model, remat="full"), dataclasses.replace(stage, batch=0)
-  if variant == "ode":
-    return _ode(model, MEMORY[variant], dataclasses.replace(stage, batch=0))
-  if variant.startswith("student"):
-    return _student(model, MEMORY[variant], dataclasses.replace(stage, batch=0))
-  return Config(
-    name="wan",
-    model=model,
-    memory=MEMORY[variant],
-    sampler=MANY_STEPS if whole else FEW_STEPS,
-    data=DataConfig(source="latents", fps=16.0),
-    train=TrainConfig(steps=1000, stages=(stage,), lr=1e-5),
-  )
-
-
-def _ode(model: ModelConfig, memory: MemoryConfig, stage: Stage) -> Config:
-  """A causal model's beginning, from trajectories (self_forcing section 4.1, where steps and rates are not told)."""
-  return Config(
-    name="wan",
-    model=dataclasses.replace(model, remat="full"),
-    memory=memory,
-    sampler=FEW_STEPS,
-    data=DataConfig(source="ode", fps=16.0),
-    train=TrainConfig(steps=3000, stages=(stage,), lr=2e-6, betas=(0.9, 0.999), clip=10.0, ema=0.99, log_every=10),
-  )
-
-
-def _student(model: ModelConfig, memory: MemoryConfig, stage: Stage) -> Config:
-  """Distillation as Self-Forcing does it (self_forcing section 4.5), but for five critic steps on each of the student's."""
-  return Config(
-    name="wan",
-    model=dataclasses.replace(model, remat="full"),
-    memory=memory,
-    sampler=FEW_STEPS,
-    data=DataConfig(source="prompts", fps=16.0),
-    train=TrainConfig(
+  source, train, distill = "latents", TrainConfig(steps=1000, stages=(stage,), lr=1e-5), DistillConfig()
+  if variant == "ode":  # as self_forcing section 4.1, where steps and rates are not told
+    source = "ode"
+    train = TrainConfig(steps=3000, stages=(stage,), lr=2e-6, betas=(0.9, 0.999), clip=10.0, ema=0.99, log_every=10)
+  if variant.startswith("student"):  # as Self-Forcing (section 4.5), but for five critic steps on each of the student's
+    source = "prompts"
+    train = TrainConfig(
       steps=120,
       stages=(stage,),
       lr=2e-6,
@@ -90,8 +62,16 @@ def _student(model: ModelConfig, memory: MemoryConfig, stage: Stage) -> Config:
       ema=0.99,
       log_every=1,
       save_every=20,
-    ),  # fmt: skip
-    distill=DistillConfig(latents=CLIP, guidance=4.0, negative=NEGATIVE, critic_lr=4e-7),  # its 3.0 counts from 1
+    )  # fmt: skip
+    distill = DistillConfig(latents=CLIP, guidance=4.0, negative=NEGATIVE, critic_lr=4e-7)  # its 3.0 counts from 1
+  return Config(
+    name="wan",
+    model=model,
+    memory=MEMORY[variant],
+    sampler=MANY_STEPS if whole else FEW_STEPS,
+    data=DataConfig(source=source, fps=16.0),
+    train=train,
+    distill=distill,
   )
 
 
