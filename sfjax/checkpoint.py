@@ -42,6 +42,17 @@ def first_difference(found: dict[str, str], want: dict[str, str]) -> str | None:
   return None
 
 
+NOT_THE_FILES = (
+  jax.errors.JaxRuntimeError,
+  MemoryError,
+)  # what reading them may fail by: a full device, a host that is gone
+
+
+def cause(e: Exception) -> str:
+  """What an error says first, in a few words."""
+  return f"{type(e).__name__}: {str(e).strip()}".splitlines()[0][:120].rstrip(": ")
+
+
 class Checkpoints:
   """A training run's steps, saved asynchronously; each holds `params` (inference weights) apart from `state`.
 
@@ -91,10 +102,8 @@ class Checkpoints:
   def _restore(self, item: str, like) -> tuple:
     want = {name: _stored(x) for name, x in named(like).items()}
     step = self._newest()
-    try:
+    with self._told_damaged():
       tree = self._manager.item_metadata(step)[item].tree
-    except Exception as e:  # whatever a damaged file makes Orbax raise
-      raise self._damaged() from e
     wrong = first_difference({name: _stored(x) for name, x in named(tree).items()}, want)
     if wrong:
       raise UserError(f"{self._directory / str(step)} is of another config: {wrong}")
@@ -106,17 +115,21 @@ class Checkpoints:
       raise UserError(f"{self._directory} holds no complete checkpoint")
     return self.latest()
 
-  def _damaged(self) -> UserError:
-    return UserError(
-      f"{self._directory / str(self.latest())} is damaged; remove this folder to go on from the step before"
-    )
+  @contextlib.contextmanager
+  def _told_damaged(self):
+    try:
+      yield
+    except NOT_THE_FILES:
+      raise
+    except Exception as e:  # whatever a damaged file makes Orbax and TensorStore raise
+      raise UserError(
+        f"{self._directory / str(self.latest())} is damaged ({cause(e)}); remove this folder to go on from the step before"
+      ) from e
 
   def _read(self, **items):
     step = self._newest()
-    try:
+    with self._told_damaged():
       return self._manager.restore(step, args=ocp.args.Composite(**items))
-    except Exception as e:  # whatever a damaged file makes Orbax and TensorStore raise
-      raise self._damaged() from e
 
   def __enter__(self):
     return self

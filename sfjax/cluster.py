@@ -19,6 +19,7 @@ from sfjax.errors import UserError
 from sfjax.model import ModelConfig
 
 _SILENCE = 30  # seconds without a sign of life after which a host is taken for dead, and the others end
+_EXPORT = 24 * 3600  # seconds that hosts that are done wait for the one that writes the model
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -45,7 +46,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 
 def _initialize(*who) -> None:
   jax.config.update("jax_cpu_enable_async_dispatch", False)  # Gloo may mix up what two programs at once send
-  jax.distributed.initialize(*who, heartbeat_timeout_seconds=_SILENCE)
+  jax.distributed.initialize(*who, heartbeat_timeout_seconds=_SILENCE, shutdown_timeout_seconds=_EXPORT)
 
 
 @contextlib.contextmanager
@@ -203,8 +204,14 @@ def made(fn, where):
 
 
 def gathered(mesh: Mesh, tree):
-  """Global arrays as host values, on every host."""
-  return jax.device_get(jax.jit(lambda x: fetched((), x)[1], out_shardings=whole(mesh, tree))(tree))
+  """Global arrays as values of the first host, None on the others; no device holds more than one array whole at a time."""
+  join = jax.jit(lambda x: fetched((), x)[1], out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+  def value(x):
+    x = jax.block_until_ready(join(x))
+    return jax.device_get(x) if jax.process_index() == 0 else None
+
+  return jax.tree.map(value, tree)
 
 
 def step_bytes(program: jax.stages.Compiled) -> dict[str, int]:

@@ -205,6 +205,8 @@ class Config:
     known = [s.known for s in self.train.stages]
     if any(known) and not self.distill.teacher:
       raise ValueError(f"train.stages: known is {known}; want 0 without a distill.teacher")
+    if self.memory.importance == "learned" and not self.model.importance_head:
+      raise ValueError("memory.importance: 'learned'; want another with a model without model.importance_head")
 
   def check_trains(self) -> None:
     """Raises UserError: rounded weights or slots, which carry no gradient and are for sampling alone."""

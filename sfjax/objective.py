@@ -20,11 +20,9 @@ from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
 
 
-def stage_memory(memory: MemoryConfig, stage: Stage) -> MemoryConfig:
-  """The memory a stage trains with: the native one, or the whole clip as the window."""
-  if not stage.dense:
-    return memory
-  return memory.of_window(stage.chunks)
+def stage_memory(memory: MemoryConfig, stage: Stage, chunks: int) -> MemoryConfig:
+  """The memory a stage trains with: the native one, or the whole clip, of so many chunks, as the window."""
+  return memory.of_window(chunks) if stage.dense else memory
 
 
 def clip_keys(key: Array, index: Int32[Array, " B"]) -> Array:
@@ -71,7 +69,7 @@ def teacher_forced(
     jnp.concatenate([level, sigma], 1) * TIMESTEPS,
     jnp.concatenate([chunk[:given], chunk]),
     captions.kv(model, params, prompt),
-    parallel_attention(model, stage_memory(config.memory, stage), n, later=min(config.memory.window, n)),
+    parallel_attention(model, stage_memory(config.memory, stage, n), n, later=min(config.memory.window, n)),
     jax.vmap(jax.random.key_data)(jax.random.split(jax.random.fold_in(key, 2**31 - 1), model.layers)),
   )
   out = out[:, given:]
@@ -104,7 +102,8 @@ def loss(
   x0 = cut(model, next(draws), latents)
   n = x0.shape[1]
   sigma = jnp.broadcast_to(shift_sigma(uniform(n), train.shift)[..., None], x0.shape[:3])
-  first_known = draw(lambda k, shape: jax.random.randint(k, shape, 1, model.chunk_frames), n, 1)
+  least = min(1, model.chunk_frames - 1)  # of a chunk of one frame none is known
+  first_known = draw(lambda k, shape: jax.random.randint(k, shape, least, model.chunk_frames), n, 1)
   known = (uniform(n, 1) < train.p_known) & (jnp.arange(model.chunk_frames) < first_known)
   sigma = jnp.where(known, 0.0, sigma)
   noise = draw(jax.random.normal, *x0.shape[1:])

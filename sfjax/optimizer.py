@@ -100,7 +100,14 @@ def skipped(opt) -> Int32[Array, ""]:
 
 
 def averaged(decay: float, step: Int32[Array, ""], ema, params, opt):
-  """The running average after one more step; the first steps weigh more, a step that `opt` skipped not at all."""
-  decay = jnp.where(skipped(opt) > 0, 1.0, jnp.minimum(decay, (1.0 + step) / (10.0 + step)))
+  """The running average after one more step; the first steps weigh more, one that changed nothing not at all.
+
+  Such are those whose gradient `opt` skipped, and, where gradients are accumulated, all but the last of each update's.
+  """
+  still = skipped(opt) > 0
+  if isinstance(opt.inner_state, optax.MultiStepsState):
+    still |= opt.inner_state.mini_step > 0
+    step = opt.inner_state.gradient_step - 1
+  decay = jnp.where(still, 1.0, jnp.minimum(decay, (1.0 + step) / (10.0 + step)))
   params, ema = cluster.fetched(params, ema)
   return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)

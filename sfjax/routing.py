@@ -68,6 +68,11 @@ class MemoryConfig:
       ("novelty", self.novelty >= 0, "0 or more"),
       ("score_decay", 0 <= self.score_decay < 1, "in [0, 1)"),
       ("sink_chunks", self.sink_chunks >= 0, "0 or more chunks"),
+      (
+        "sink_chunks",
+        not self.sink_chunks or self.persistent > 0,
+        "0 without persistent blocks, among which sinks stay",
+      ),
       ("route_parts", self.route_parts >= 1, "1 or more"),
       ("slots", self.slots in SLOTS, f"one of {', '.join(SLOTS)}"),
       ("rope_cap", self.rope_cap is None or self.rope_cap >= 1, "at least 1 latent frame, or None"),

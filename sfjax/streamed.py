@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
-from sfjax.checkpoint import first_difference, named
+from sfjax.checkpoint import NOT_THE_FILES, first_difference, named
 from sfjax.errors import UserError
 
 
@@ -137,7 +137,7 @@ def restore(path, like):
       if wrong:
         raise UserError(f"{path} is of another config: {wrong}")
       return checkpointer.restore(path, want)
-  except UserError:
+  except (UserError, *NOT_THE_FILES):
     raise
   except Exception as e:  # whatever a damaged file makes Orbax and TensorStore raise
     raise UserError(f"{path}: absent or damaged") from e

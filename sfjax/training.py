@@ -68,6 +68,15 @@ def check_context(config: Config) -> None:
       raise UserError(f"config.train.context: {context} does not divide a stage's {stage.chunks} chunks")
 
 
+def check_batches(config: Config, mesh: Mesh) -> None:
+  """Raises UserError where a stage's batch cannot be split over the devices that have clips of their own."""
+  t = config.train
+  for part in (part for stage in t.stages for part in stage.parts):
+    if part.batch % (mesh.size // t.together):
+      over = cluster.told(mesh.size, t.together)
+      raise UserError(f"config.train.stages: batch {part.batch} does not divide over {over}")
+
+
 def where_kept(config: Config, mesh: Mesh, state: dict):
   """Where the state of training lies between steps: over the mesh, and in its hosts' memory what config.train.offload says."""
   where = cluster.shardings(mesh, state)
@@ -83,10 +92,13 @@ def jitted_step(config: Config, stage: Stage, mesh: Mesh, where):
   return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
 
 
-def with_batches(config: Config) -> Config:
-  """The config with batches of 0 as large as there are devices that have clips of their own."""
+def with_batches(config: Config, begun: Config | None = None) -> Config:
+  """The config with batches of 0 as a run that has begun has them, else one clip for each device that has its own."""
   own = jax.device_count() // config.train.together
-  stages = tuple(dataclasses.replace(s, batch=s.batch or own) for s in config.train.stages)
+  before = begun.train.stages if begun and len(begun.train.stages) == len(config.train.stages) else config.train.stages
+  stages = tuple(
+    dataclasses.replace(s, batch=s.batch or b.batch or own) for s, b in zip(config.train.stages, before, strict=True)
+  )
   return dataclasses.replace(config, train=dataclasses.replace(config.train, stages=stages))
 
 
@@ -131,29 +143,31 @@ def train(config: Config, workdir: str) -> pathlib.Path:
   workdir = make_folder(workdir, "--workdir")
   cluster.check_tensor(t.tensor, models(config))
   check_context(config)
+  check_batches(config, mesh)
   for stage in t.stages:
     for part in stage.parts:
-      if part.batch % (mesh.size // t.together):
-        over = cluster.told(mesh.size, t.together)
-        raise UserError(f"config.train.stages: batch {part.batch} does not divide over {over}")
       work.source(config, part)
   state, fixed = work.state(config, mesh), work.fixed(config, mesh)
   where = where_kept(config, mesh, state)
   state = jax.device_put(state, where)
   checkpoints = Checkpoints(workdir / "checkpoints", t.keep_last, t.keep_every)
   if checkpoints.latest() is not None:
-    old = to_dataclass(Config, checkpoints.meta()["config"], f"--workdir: {workdir}: config")
-    check_same_experiment(workdir, to_dict(old), to_dict(asked_for))
+    begun = to_dataclass(Config, checkpoints.meta()["config"], f"--workdir: {workdir}: config")
+    config = with_batches(asked_for, begun)
+    check_same_experiment(workdir, to_dict(with_batches(begun)), to_dict(config))
+    check_batches(config, mesh)
+    t = config.train
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     state = None  # a device need not hold two
-    state, _ = checkpoints.restore(like)
+    with cluster.explained():
+      state, _ = checkpoints.restore(like)
   step = int(state["step"])
   writer = MetricWriter(workdir, t.steps, step) if first_host else None
   pending, began, last_log = [], time.time(), (time.time(), step)
   running, needs = None, None
 
   def save():
-    checkpoints.save(step, state["ema"], state, {"config": to_dict(asked_for)})
+    checkpoints.save(step, state["ema"], state, {"config": to_dict(config)})
     if t.offload != "none":
       checkpoints.wait()  # what is written may be the host's very memory, which the next step takes over
 
@@ -188,6 +202,7 @@ def train(config: Config, workdir: str) -> pathlib.Path:
       while step < t.steps and not asked():
         index, done = t.stage_at(step)
         if running != index:
+          flush()  # another stage's metrics may have other names
           running, stage = index, t.stages[index]
           loaders = [
             make_loader(
@@ -228,7 +243,9 @@ def train(config: Config, workdir: str) -> pathlib.Path:
         stop.leave()
     finally:
       checkpoints.close()
-  ema = cluster.gathered(mesh, state["ema"])
+  ema, state, fixed = state["ema"], None, None  # a device that gathers needs the room
+  with cluster.explained():
+    ema = cluster.gathered(mesh, ema)
   if first_host and (needs or not (workdir / "model").is_dir()):  # a rerun of a finished run leaves its records alone
     card = run_record(
       to_dict(config),

@@ -68,7 +68,7 @@ def wan_config(model: ModelConfig, variant: str = "sparse") -> Config:
     name="wan",
     model=model,
     memory=MEMORY[variant],
-    sampler=MANY_STEPS if whole else FEW_STEPS,
+    sampler=MANY_STEPS if variant in ("bidirectional", "teacher_forcing") else FEW_STEPS,
     data=DataConfig(source=source, fps=16.0),
     train=train,
     distill=distill,

@@ -70,8 +70,6 @@ def load_arm(text: str, steps: int | None, guidance: float | None) -> Arm:
     memory = to_dataclass(Config, config).memory
   except UserError as e:
     raise UserError(f"--arm {name}: {str(e).replace('--config.memory.', '')}") from e
-  if memory.importance == "learned" and not sampler.config.model.importance_head:
-    raise UserError(f"--arm {name}: importance=learned; this model has no importance head")
   return Arm(name, sampler, memory)
 
 

@@ -151,6 +151,18 @@ def test_damaged_step(tmp_path, part):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), MemoryError()])
+def test_a_full_device_is_not_told_as_damage(tmp_path, monkeypatch, error):
+  save(tmp_path, 1)
+
+  def fails(*_, **__):
+    raise error
+
+  with Checkpoints(tmp_path) as c, pytest.raises(type(error)):
+    monkeypatch.setattr(c._manager, "restore", fails)
+    c.restore(state())
+
+
 def test_params_of_a_training_run(tmp_path):
   save(tmp_path / "checkpoints", 1, 2)
   leftover = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"

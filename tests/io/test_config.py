@@ -20,6 +20,7 @@ from sfjax.config import (
   to_dict,
 )
 from sfjax.errors import UserError
+from sfjax.routing import MemoryConfig
 
 DIGITS = "configs/digits.py"
 
@@ -159,6 +160,19 @@ def test_known_chunks_want_a_teacher():
   values = load_config(f"{DIGITS}:student_memory")
   with pytest.raises(UserError, match=r"^config\.train\.stages: known is \[4\]; want 0 without a distill\.teacher$"):
     to_dataclass(Config, apply_overrides(values.unlock(), {"distill.teacher": ""}))
+
+
+def test_learned_importance_wants_a_head():
+  values = apply_overrides(load_config(DIGITS), {"model.importance_head": "False"})
+  with pytest.raises(
+    UserError, match=r"^config\.memory\.importance: 'learned'; want another .* model\.importance_head$"
+  ):
+    to_dataclass(Config, values)
+
+
+def test_sinks_want_persistent_blocks():
+  with pytest.raises(ValueError, match="sink_chunks: 1; want 0 without persistent blocks"):
+    MemoryConfig(window=4, sink_chunks=1)
 
 
 def test_stages_must_end():

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sfjax import objective, rollout
@@ -12,6 +13,7 @@ from sfjax.attention import Parallel
 from sfjax.captions import Text
 from sfjax.config import Config, DataConfig, Stage, TrainConfig
 from sfjax.flow import SamplerConfig, add_noise, shift_sigma
+from sfjax.optimizer import averaged, optimizer
 from sfjax.routing import MemoryConfig
 from sfjax.text import WordEncoder
 from tests.memory.test_equality import random_params, tiny
@@ -127,6 +129,18 @@ def test_a_perfect_network_scores_zero_whatever_it_says_of_known_frames(inputs, 
   np.testing.assert_allclose(run(config, inputs)[1]["flow"], np.mean(of_clips), rtol=1e-3)
 
 
+def test_of_a_chunk_of_one_frame_none_is_known(inputs, monkeypatch):
+  seen = []
+
+  def perfect(config, stage, params, context, level, noisy, sigma, *_):
+    seen.append(sigma)
+    return inputs[0].reshape(noisy.shape), jnp.zeros(())
+
+  monkeypatch.setattr(objective, "teacher_forced", perfect)
+  assert run(make(dataclasses.replace(MODEL, chunk_frames=1), p_known=1.0), inputs)[1]["flow"] == 0
+  assert seen[0].shape == (B, 3 * CHUNKS, 1) and (seen[0] > 0).all()
+
+
 def test_clean_and_noisy_halves(inputs, monkeypatch):
   net, x0 = Network(monkeypatch), inputs[0].reshape(B, CHUNKS, 3, 4, 6, 3)
   run(make(p_known=0.0, context_noise=0.0), inputs)
@@ -190,9 +204,26 @@ def test_two_steps_draw_differently_and_one_step_twice_the_same(inputs, monkeypa
 
 def test_a_dense_stage_sees_its_whole_clip():
   memory = MemoryConfig(window=2, persistent=4, top_k=0.4, importance="learned", rope_cap=6, sink_chunks=1)
-  dense = objective.stage_memory(memory, dataclasses.replace(STAGE, dense=True))
+  dense = objective.stage_memory(memory, dataclasses.replace(STAGE, dense=True), CHUNKS)
   assert (dense.window, dense.persistent, dense.top_k, dense.sink_chunks) == (CHUNKS, 0, 1.0, 0)
-  assert objective.stage_memory(memory, STAGE) == memory and not dense.selects
+  assert objective.stage_memory(memory, STAGE, CHUNKS) == memory and not dense.selects
+
+
+def test_the_average_moves_once_an_update():
+  """Where an update is made of two gradients, the average is that of a run whose batches are twice as large."""
+  averages = {}
+  for accumulate, grads in ((1, [1.5, -2.5]), (2, [1.0, 2.0, -2.0, -3.0])):
+    train = TrainConfig(4, (STAGE,), lr=0.1, warmup=1, ema=0.5, accumulate=accumulate)
+    params = ema = {"kernel": jnp.ones((2, 2))}
+    tx = optimizer(train)
+    state = tx.init(params)
+    for step, g in enumerate(grads):
+      updates, state = tx.update({"kernel": jnp.full((2, 2), g)}, state, params)
+      params = optax.apply_updates(params, updates)
+      ema = averaged(train.ema, jnp.int32(step), ema, params, state)
+    averages[accumulate] = ema["kernel"]
+  assert (averages[1] != 1).all()
+  np.testing.assert_array_equal(averages[1], averages[2])
 
 
 def test_noise_levels_mix_data_and_noise():

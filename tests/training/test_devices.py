@@ -208,6 +208,24 @@ def test_a_program_that_fails_among_hosts_is_told_as_a_death(monkeypatch):
     fail()
 
 
+def test_hosts_that_are_done_wait_for_the_one_that_exports(monkeypatch):
+  told = {}
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *who, **how: told.update(how))
+  monkeypatch.setattr(jax.config, "update", lambda *_: None)
+  cluster.join("localhost:1234", 2, 0)
+  assert told["shutdown_timeout_seconds"] >= 3600 and told["heartbeat_timeout_seconds"] <= 60
+
+
+def test_a_run_goes_on_with_the_batches_that_it_began_with():
+  config = make("")
+  of = lambda *batches: dataclasses.replace(
+    config, train=dataclasses.replace(config.train, stages=tuple(Stage(1.0, chunks=1, batch=b) for b in batches))
+  )
+  found = lambda *given: [s.batch for s in training.with_batches(*given).train.stages]
+  assert found(of(0, 6)) == [jax.device_count(), 6]
+  assert found(of(0, 6), of(8, 4)) == [8, 6] and found(of(0, 6), of(0, 4)) == found(of(0, 6))
+
+
 def test_what_is_split_and_what_is_whole():
   tree = {"matrix": np.zeros((3, 8, 4)), "odd": np.zeros((3, 5)), "vector": np.zeros(8)}
   tree |= {

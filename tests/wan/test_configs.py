@@ -28,5 +28,7 @@ def test_docstrings_tell_the_bytes(file):
 def test_variants():
   config = to_dataclass(Config, load_config("configs/wan_1_3b.py:bidirectional"))
   assert config.model.chunk_frames == 21 and config.memory.window == 1 and not config.memory.selects
+  steps = lambda variant: to_dataclass(Config, load_config(f"configs/wan_1_3b.py:{variant}")).sampler.steps
+  assert [steps(v) for v in ("bidirectional", "teacher_forcing", "ode", "student")] == [50, 50, 4, 4]
   with pytest.raises(Exception, match="unknown variant 'spars'"):
     load_config("configs/wan_1_3b.py:spars")
