@@ -4,6 +4,7 @@ What a model forgets while it is trained further often comes back where its weig
 as, before what it learnt is gone (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models"). MODEL's config is kept.
 """
 
+import dataclasses
 import pathlib
 import sys
 
@@ -12,6 +13,7 @@ import jax
 from sfjax import checkpoint, teacher_forcing
 from sfjax.config import Config, to_dataclass
 from sfjax.errors import Parser, UserError, command
+from sfjax.model import ModelConfig
 from sfjax.parts import export_model, load_model
 from sfjax.runlog import run_record
 
@@ -35,10 +37,16 @@ def main(argv: list[str]) -> None:
   if pathlib.Path(a.out).exists():
     raise UserError(f"--out: {a.out} is there already; want a new folder")
   config = to_dataclass(Config, checkpoint.load_config(a.model, "MODEL"), "MODEL")
+  other = to_dataclass(Config, checkpoint.load_config(a.other, "OTHER"), "OTHER")
+  for name in (f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("dtype", "param_dtype", "remat")):
+    one, two = (getattr(c.model, name) for c in (config, other))
+    if one != two:
+      raise UserError(f"OTHER: {a.other} has model.{name} = {two!r}; want MODEL's, {one!r}")
   like = teacher_forcing.abstract_model(config)
   models = [load_model(folder, like, flag) for folder, flag in ((a.model, "MODEL"), (a.other, "OTHER"))]
   card = run_record({"model": a.model, "other": a.other, "weight": a.weight})
   export_model(a.out, between(*models, a.weight), config, card)
+  print(f"model: {a.out}")
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def _steps(directory, flag: str) -> pathlib.Path | None:
   if (directory / "config.json").is_file():
     return None
   for folder in (directory, directory / "checkpoints"):
-    if folder.is_dir() and ocp.utils.checkpoint_steps(folder):
+    if folder.is_dir() and any(step.name.isdigit() for step in folder.iterdir()):
       return folder
   raise UserError(
     f"{flag}: {directory} holds no model; want a folder with config.json and params.npz, or a training run's"

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.util
+import math
 import pathlib
 import types
 import typing
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from sfjax.distill import LEVELS, STUDENT_LOSSES
-from sfjax.errors import UserError
+from sfjax.errors import UserError, check
 from sfjax.flow import SamplerConfig
 from sfjax.model import ModelConfig
 from sfjax.rollout import CACHE_GRADIENTS
@@ -40,6 +41,14 @@ class DataConfig:
   colour_only: float = 0.2
   none: float = 0.1
 
+  def __post_init__(self):
+    check(
+      self,
+      ("fps", 0 < self.fps <= 1000, "a positive number, at most 1000"),
+      ("colour_only", 0 <= self.colour_only <= 1, "a share, 0 to 1"),
+      ("none", 0 <= self.none <= 1 - self.colour_only, f"a share, 0 to 1 - colour_only = {1 - self.colour_only:g}"),
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -62,6 +71,15 @@ class Stage:
   hide: tuple[int, int] = (1, 2)
   firsts: int = 0
   known: int = 0
+
+  def __post_init__(self):
+    check(
+      self,
+      ("chunks", self.chunks >= 1, "at least 1"),
+      *((name, getattr(self, name) >= 0, "0 or more") for name in ("batch", "firsts", "known")),
+      ("p_memory", 0 <= self.p_memory <= 1, "a share, 0 to 1"),
+      ("hide", 1 <= self.hide[0] <= self.hide[1], "a shortest time of 1 or more and a longest"),
+    )
 
   @property
   def parts(self) -> tuple["Stage", ...]:
@@ -126,14 +144,24 @@ class TrainConfig:
     return self.context * self.tensor
 
   def __post_init__(self):
-    if self.steps < 1:
-      raise ValueError(f"steps: {self.steps}; want at least 1")
-    if self.optimizer not in OPTIMIZERS:
-      raise ValueError(f"optimizer: {self.optimizer!r}; want one of {', '.join(OPTIMIZERS)}")
-    if self.offload not in OFFLOAD:
-      raise ValueError(f"offload: {self.offload!r}; want one of {', '.join(OFFLOAD)}")
-    if not 0 < self.decay <= 1:
-      raise ValueError(f"decay: {self.decay}; want a fraction in (0, 1]")
+    ones = "steps", "accumulate", "patience", "log_every", "save_every", "keep_last", "threads"
+    shares = "context_noise", "p_context_noise", "p_known", "p_drop_prompt"
+    check(
+      self,
+      *((name, getattr(self, name) >= 1, "at least 1") for name in ones),
+      *((name, getattr(self, name) >= 0, "0 or more") for name in ("warmup", "keep_every", "workers")),
+      *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in shares),
+      *(
+        (name, 0 <= getattr(self, name) < math.inf, "0 or more") for name in ("lr", "weight_decay", "importance_weight")
+      ),
+      *((name, getattr(self, name) > 0, "a positive number") for name in ("clip", "shift")),
+      ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+      ("offload", self.offload in OFFLOAD, f"one of {', '.join(OFFLOAD)}"),
+      ("decay", 0 < self.decay <= 1, "a fraction in (0, 1]"),
+      ("betas", all(0 <= b < 1 for b in self.betas), "two fractions in [0, 1)"),
+      ("ema", 0 <= self.ema < 1, "a fraction in [0, 1)"),
+      ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
+    )
     ends = [s.until for s in self.stages]
     if not ends or ends != sorted(ends) or ends[-1] != 1.0:
       raise ValueError(f"stages: `until` is {ends}; want ascending fractions that end with 1.0")
@@ -176,17 +204,17 @@ class DistillConfig:
   cache_gradient: str = "straight_through"
 
   def __post_init__(self):
-    for name, ok, want in (
+    check(
+      self,
       ("latents", self.latents >= 0, "0 or more"),
       ("guidance", self.guidance >= 0, "0 or more"),
-      ("shift", self.shift > 0, "a positive number"),
+      ("shift", 0 < self.shift < math.inf, "a positive number"),
+      ("critic_lr", 0 <= self.critic_lr < math.inf, "0 or more"),
       ("levels", 0 < self.levels[0] < self.levels[1] < 1, "two of ascending sigma in (0, 1)"),
       ("critic_updates", self.critic_updates >= 1, "at least 1"),
       ("loss", self.loss in STUDENT_LOSSES, f"one of {', '.join(STUDENT_LOSSES)}"),
       ("cache_gradient", self.cache_gradient in CACHE_GRADIENTS, f"one of {', '.join(CACHE_GRADIENTS)}"),
-    ):
-      if not ok:
-        raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +235,11 @@ class Config:
       raise ValueError(f"train.stages: known is {known}; want 0 without a distill.teacher")
     if self.memory.importance == "learned" and not self.model.importance_head:
       raise ValueError("memory.importance: 'learned'; want another with a model without model.importance_head")
+    parts, (_, rows, columns) = self.memory.route_parts, self.model.tile
+    if rows % parts or columns % parts:
+      raise ValueError(
+        f"memory.route_parts: {parts}; want a divisor of the rows and columns of model.tile {self.model.tile}"
+      )
 
   def check_trains(self) -> None:
     """Raises UserError: rounded weights or slots, which carry no gradient and are for sampling alone."""
@@ -267,12 +300,21 @@ def load_config(spec: str, flag: str = "--config") -> ConfigDict:
     module_spec.loader.exec_module(module)
   except (SyntaxError, UnicodeDecodeError) as e:
     raise UserError(f"{flag}: {path} is not readable Python: {e}") from e
+  except Exception as e:
+    raise UserError(f"{flag}: {path} fails: {type(e).__name__}: {e}") from e
   if not hasattr(module, "get_config"):
     raise UserError(f"{flag}: {path} defines no get_config(arg)")
   try:
-    return module.get_config(variant).lock()
+    config = module.get_config(variant)
   except ValueError as e:
     raise UserError(f"{flag}: {spec}: {e}") from e
+  except Exception as e:
+    raise UserError(f"{flag}: {spec}: get_config({variant!r}) fails: {type(e).__name__}: {e}") from e
+  if not isinstance(config, ConfigDict):
+    raise UserError(
+      f"{flag}: {spec}: get_config gives a {type(config).__name__}; want a ConfigDict, see sfjax.config.to_config_dict"
+    )
+  return config.lock()
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -6,6 +6,7 @@ config of each part, and the tokenizer; parts may come one after the other.
 Tensors pass one at a time, so that the 14B model needs a few GB of memory. `--to safetensors` writes the official names.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -57,30 +58,39 @@ def infer_model(tensors: dict[str, Stored], source: str, heads: int | None = Non
   for part, what in (("vace", "VACE"), ("img_emb", "image-to-video"), ("cross_attn.k_img", "image-to-video")):
     if any(part in name for name in tensors):
       raise UserError(f"{source}: these are {what} weights; only Wan2.1's text-to-video models are supported")
-  try:
-    dim, channels = tensors["patch_embedding.weight"].shape[:2]
-    ffn_dim = tensors["blocks.0.ffn.0.weight"].shape[0]
-    freq_dim, text_dim = (tensors[f"{name}_embedding.0.weight"].shape[1] for name in ("time", "text"))
-    layers = _layers(tensors)
-  except (KeyError, ValueError) as e:
-    raise UserError(f"{source}: no Wan2.1 DiT; no {e.args[0]}") from e
+  shape = functools.partial(_shape, tensors, f"{source}: no Wan2.1 DiT")
+  dim, channels = shape("patch_embedding.weight", 5)[:2]
+  ffn_dim = shape("blocks.0.ffn.0.weight", 2)[0]
+  freq_dim, text_dim = (shape(f"{name}_embedding.0.weight", 2)[1] for name in ("time", "text"))
+  layers = _layers(tensors)
   if channels != 16:
     more = " (Wan2.2 5B)" if channels == 48 else " (image-to-video)" if channels == 36 else ""
     raise UserError(f"{source}: latents of {channels} channels{more}; only Wan2.1's text-to-video models have 16")
   sizes = dict(dim=dim, layers=layers, ffn_dim=ffn_dim, freq_dim=freq_dim, text_dim=text_dim)
-  return ModelConfig.wan_1_3b(**sizes, heads=heads or dim // 128)
+  try:
+    return ModelConfig.wan_1_3b(**sizes, heads=heads or dim // 128)
+  except ValueError as e:
+    raise UserError(f"{source}: {e}") from e
 
 
 def infer_text(tensors: dict[str, Stored], source: str) -> UMT5Config:
   """The sizes that a UMT5 encoder's tensors tell, by official name."""
-  try:
-    vocab, dim = tensors["token_embedding.weight"].shape
-    buckets, heads = tensors["blocks.0.pos_embedding.embedding.weight"].shape
-    width, ffn_dim = (tensors[f"blocks.0.{name}.weight"].shape[0] for name in ("attn.q", "ffn.fc1"))
-  except (KeyError, ValueError) as e:
-    raise UserError(f"{source}: no UMT5 encoder; no {e.args[0]}") from e
+  shape = functools.partial(_shape, tensors, f"{source}: no UMT5 encoder")
+  vocab, dim = shape("token_embedding.weight", 2)
+  buckets, heads = shape("blocks.0.pos_embedding.embedding.weight", 2)
+  width, ffn_dim = (shape(f"blocks.0.{name}.weight", 2)[0] for name in ("attn.q", "ffn.fc1"))
   layers = _layers(tensors)
   return UMT5Config(vocab, dim, heads, width // heads, ffn_dim, layers, buckets)
+
+
+def _shape(tensors: dict[str, Stored], refusal: str, name: str, axes: int) -> tuple[int, ...]:
+  """A tensor's shape. Raises UserError: no such tensor, or not of so many axes."""
+  if name not in tensors:
+    raise UserError(f"{refusal}; no {name}")
+  shape = tensors[name].shape
+  if len(shape) != axes:
+    raise UserError(f"{refusal}; {name} has shape {list(shape)}, want one of length {axes}")
+  return shape
 
 
 def _layers(tensors) -> int:
@@ -115,7 +125,8 @@ def _convert_text(tensors, target, name, dtype) -> str:
 
 
 def _convert_vae(tensors, target, name, dtype) -> str:
-  config = WanVAEConfig(dim=next(x.shape[0] for n, x in tensors.items() if re.match(r"encoder\.conv(1|_in)\.bias", n)))
+  bias = "encoder.conv_in.bias" if "encoder.conv_in.bias" in tensors else "encoder.conv1.bias"
+  config = WanVAEConfig(dim=_shape(tensors, f"{name}: no Wan2.1 VAE", bias, 1)[0])
   streamed.save(target / "vae", wan_vae_keys.arrays(config, tensors, name, dtype))
   write_json_atomic(target / "vae.json", to_dict(config))
   return f"{len(tensors)} tensors of a VAE, {config.dim} channels at full resolution"
@@ -167,13 +178,18 @@ def write_official(folder: pathlib.Path, out: pathlib.Path) -> int:
 
 
 def _heads(source: pathlib.Path) -> int | None:
-  """Heads as a config.json beside the weights tells, official or diffusers'."""
+  """Heads as a config.json beside the weights tells, official or diffusers'. Raises UserError: it is no config."""
   file = (source if source.is_dir() else source.parent) / "config.json"
   try:
     told = json.loads(file.read_text())
-  except (OSError, ValueError):
+  except OSError:
     return None
-  return told.get("num_heads") or told.get("num_attention_heads")
+  except ValueError:
+    told = None
+  heads = (told.get("num_heads") or told.get("num_attention_heads")) if isinstance(told, dict) else ""
+  if not isinstance(heads, int | None):
+    raise UserError(f"{file}: want the model's config, an object whose num_heads, if there, is a number")
+  return heads
 
 
 def _locate(source: str) -> pathlib.Path:

@@ -9,6 +9,13 @@ class UserError(Exception):
   """A bad flag, key, path or file; the message is one line that names it and says what is accepted."""
 
 
+def check(config, *rules: tuple[str, bool, str]) -> None:
+  """Raises ValueError for the first of (name of an attribute, whether it is right, what is wanted) that is not."""
+  for name, ok, want in rules:
+    if not ok:
+      raise ValueError(f"{name}: {getattr(config, name)!r}; want {want}")
+
+
 class Parser(argparse.ArgumentParser):
   """An ArgumentParser that raises UserError."""
 

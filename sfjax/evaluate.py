@@ -4,6 +4,7 @@ Every arm gets the same prompts, clips and noise. Results: DIR/evaluation.json, 
 """
 
 import argparse
+import math
 import re
 import sys
 import time
@@ -30,7 +31,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   )
   p.add_argument("--task", choices=TASKS, default="prompt", help="digits named by a prompt, or hidden in a real clip")
   p.add_argument("--seconds", type=float, nargs="+", default=[5.0], help="prompt task: horizons, as in 5 20 60")
-  p.add_argument("--hide", type=int, nargs="+", default=[3, 9, 18], help="memory task: chunks a digit is hidden for")
+  p.add_argument("--hide", type=int, nargs="+", help="memory task: chunks a digit is hidden for; default: 3 9 18")
   p.add_argument(
     "--intervene", nargs="+", default=[], choices=INTERVENTIONS, help="memory task: take P away, or swap it"
   )
@@ -53,13 +54,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
   for seconds in a.seconds:
     if not 0.1 <= seconds <= 3600:
       raise UserError(f"--seconds: {seconds:g}; want 0.1 to 3600")
+  if a.guidance is not None and not 0 <= a.guidance < math.inf:
+    raise UserError(f"--guidance: {a.guidance:g}; want 0 or more")
+  for flag in ("hide", "intervene"):
+    if getattr(a, flag) and a.task != "memory":
+      raise UserError(f"--{flag}: only with --task memory")
+  a.hide = a.hide or [3, 9, 18]
   for hide in a.hide:
     try:
       DigitsConfig(variant="memory", hide_fixed=hide, chunks=chunks_for(max(hide, 1)))
     except ValueError as e:
-      raise UserError(f"--hide: {hide}; {str(e).rpartition('; ')[2]}") from e
-  if a.intervene and a.task != "memory":
-    raise UserError("--intervene: only with --task memory")
+      raise UserError(f"--hide: {hide}; want {str(e).rpartition('; ')[2]}") from e
   names = [text.partition("=")[0] for text in a.arm]
   if len({*names, "real"}) <= len(names):
     raise UserError(f"--arm: the names {', '.join(names)} must differ from each other and from real")
@@ -85,6 +90,11 @@ def run(argv: list[str]) -> None:
   for arm in arms:
     if arm.sampler.size != (SIZE, SIZE) or arm.sampler.fps != FPS:
       raise UserError(f"--arm {arm.name}: not a model of digits, {SIZE}x{SIZE} pixels at {FPS} frames a second")
+    frames = arm.config.model.chunk_frames
+    if a.task == "memory" and frames != 3:
+      raise UserError(
+        f"--arm {arm.name}: chunks of {frames} latents; --task memory wants a model whose chunks are of 3"
+      )
   out = make_folder(a.out, "--out")
 
   def show(condition, row, videos):

@@ -4,12 +4,14 @@ Everything that knows what the network's output means lives here: training loss,
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sfjax.errors import check
 from sfjax.model import ModelConfig
 
 TIMESTEPS = 1000.0
@@ -48,16 +50,15 @@ class SamplerConfig:
   last_sigma: float = 0.0
 
   def __post_init__(self):
-    for name, ok, want in (
+    check(
+      self,
       ("kind", self.kind in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
       ("steps", self.steps >= 1, "at least 1"),
-      ("shift", self.shift > 0, "a positive number"),
-      ("guidance", self.guidance >= 0, "0 or more"),
+      ("shift", 0 < self.shift < math.inf, "a positive number"),
+      ("guidance", 0 <= self.guidance < math.inf, "0 or more"),
       ("routing", self.routing in ROUTING, f"one of {', '.join(ROUTING)}"),
       ("commit", self.commit in COMMITS, f"one of {', '.join(COMMITS)}"),
-    ):
-      if not ok:
-        raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
+    )
     if self.last_sigma and not (self.steps > 1 and 0 < self.last_sigma < self.sigmas[-3]):
       want = f"above 0 and below {self.sigmas[-3]:.3g}" if self.steps > 1 else "more than one step"
       raise ValueError(f"last_sigma: {self.last_sigma:g}; want {want}, or 0 for the schedule's")

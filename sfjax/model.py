@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int32
 
 from sfjax import float8
 from sfjax.axes import mean, total
+from sfjax.errors import check
 from sfjax.rope import phase, rope_angles, rotate
 from sfjax.tiles import BlockLayout
 
@@ -60,19 +61,25 @@ class ModelConfig:
   linear: str = "dtype"
 
   def __post_init__(self):
-    for name, ok, want in (
+    counts = "dim", "layers", "ffn_dim", "text_dim", "text_len", "latent_channels", "chunk_frames"
+    sizes = "latent_size", "tile", "patch"
+    check(
+      self,
+      *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
+      *((name, all(n >= 1 for n in getattr(self, name)), "numbers of at least 1") for name in sizes),
       (
         "heads",
         self.heads > 0 and self.dim % (2 * self.heads) == 0,
         f"a number that splits {self.dim} into even parts",
       ),
+      ("freq_dim", self.freq_dim >= 2 and self.freq_dim % 2 == 0, "an even number, at least 2"),
+      ("eps", 0 < self.eps < 1, "a small positive number"),
       ("prediction", self.prediction in ("flow", "x0"), "flow or x0"),
       ("remat", self.remat in ("none", "full", "dots"), "none, full or dots"),
       ("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
+      ("param_dtype", self.param_dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
       ("linear", self.linear in LINEAR, f"one of {', '.join(LINEAR)}"),
-    ):
-      if not ok:
-        raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
+    )
     _ = self.layout  # refuses a patch or tile that does not divide
 
   @property

@@ -64,7 +64,10 @@ class Pairs(records.Records):
     super().__init__(path, _KIND, "sfjax.ode")
     sigmas = self.card["sigmas"]
     if len(sigmas) != len(sampler.sigmas) or not np.allclose(sigmas, sampler.sigmas, atol=1e-6):
-      raise UserError(f"config.sampler: its levels are {sampler.sigmas.tolist()}; {path} holds {sigmas}")
+      raise UserError(
+        f"config.sampler: its levels are {sampler.sigmas.tolist()}; {path} holds {sigmas}; "
+        "want the same --shift and --levels there"
+      )
 
 
 def source(config: Config, stage: Stage) -> Source:
@@ -137,11 +140,13 @@ def main(argv: list[str]) -> None:
   p.add_argument("--guidance", type=float, help="of the teacher; default: its own, 5 for Wan2.1")
   p.add_argument("--seed", type=int, default=0, help="of prompts and noise")
   a = p.parse_args(argv)
-  for flag in ("pairs", "batch", "levels", "latents"):
+  for flag in ("pairs", "batch", "steps", "levels", "latents"):
     if getattr(a, flag) is not None and getattr(a, flag) < 1:
       raise UserError(f"--{flag}: {getattr(a, flag)}; want at least 1")
-  if a.steps < 1 or a.steps % a.levels:
+  if a.steps % a.levels:
     raise UserError(f"--levels: {a.levels} does not divide --steps {a.steps}")
+  if not 0 <= a.seed < 2**31:
+    raise UserError(f"--seed: {a.seed}; want 0..2147483647")
   if a.pairs % a.batch:
     raise UserError(f"--pairs: {a.pairs} is not a multiple of --batch {a.batch}")
   part = records.part(a.part)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK, top_lists
 from sfjax.axes import all_heads, own_heads, total
+from sfjax.errors import check
 from sfjax.tiles import BlockLayout
 
 IMPORTANCE = ("attention", "learned", "random")
@@ -59,7 +60,8 @@ class MemoryConfig:
   slots: str = "model"
 
   def __post_init__(self):
-    for name, ok, want in (
+    check(
+      self,
       ("window", self.window >= 1, "at least 1 chunk"),
       ("persistent", self.persistent >= 0, "0 or more blocks"),
       ("top_k", 0 < self.top_k <= 1, "a fraction in (0, 1]"),
@@ -76,9 +78,7 @@ class MemoryConfig:
       ("route_parts", self.route_parts >= 1, "1 or more"),
       ("slots", self.slots in SLOTS, f"one of {', '.join(SLOTS)}"),
       ("rope_cap", self.rope_cap is None or self.rope_cap >= 1, "at least 1 latent frame, or None"),
-    ):
-      if not ok:
-        raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
+    )
 
   def of_window(self, chunks: int) -> "MemoryConfig":
     """The plain window of so many chunks: everything in it is read, nothing else is kept."""

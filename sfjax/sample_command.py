@@ -1,13 +1,17 @@
 """sample.py's work: flags to videos, contact sheets and run.json."""
 
 import argparse
+import hashlib
+import itertools
 import json
 import math
 import pathlib
+import tempfile
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sfjax import checkpoint, ledger, sampling
@@ -36,7 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   p.add_argument(
     "--linear", choices=LINEAR, help="products with a layer's weights in the model's dtype, or in 8-bit floats"
   )
-  p.add_argument("--seed", type=int, default=0)
+  p.add_argument("--seed", type=int, help="default: 0, or that of --continue_state")
   p.add_argument("--out", default="out", help="folder for video, contact sheet and run.json")
   p.add_argument("--attention", default="sparse", choices=sampling.ATTENTION)
   p.add_argument(
@@ -49,9 +53,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
   p.add_argument("--devices", type=int, default=1, help="of this machine, to share every video's heads: for speed")
   p.add_argument("--device", choices=("cpu", "gpu"), help="default: a GPU if there is one")
   a = p.parse_args(argv)
-  if not 0 < a.seconds <= 24 * 3600:
-    raise UserError(f"--seconds: {a.seconds:g}; want more than 0 and at most {24 * 3600}")
-  if not 0 <= a.seed < 2**31:
+  for flag in ("prompt_file", "out", "tiny_decoder", "image", "video", "save_state", "continue_state"):
+    if getattr(a, flag) == "":
+      raise UserError(f"--{flag}: ''; want a name")
+  if not 0 < a.seconds <= sampling.LONGEST:
+    raise UserError(f"--seconds: {a.seconds:g}; want more than 0 and at most {sampling.LONGEST}")
+  if a.seed is not None and not 0 <= a.seed < 2**31:
     raise UserError(f"--seed: {a.seed}; want 0..2147483647")
   if a.guidance is not None and not 0 <= a.guidance < math.inf:
     raise UserError(f"--guidance: {a.guidance:g}; want 0 or more")
@@ -62,9 +69,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
   a.prompts = _prompts(a)
   if (a.continue_state or a.save_state) and len(a.prompts) > 1:
     raise UserError("--save_state, --continue_state: one prompt at a time")
-  if a.save_state and (pathlib.Path(a.save_state).is_dir() or not pathlib.Path(a.save_state).parent.is_dir()):
-    raise UserError(f"--save_state: {a.save_state} is not a file in a folder that exists")
+  if a.save_state:
+    _prove_writable(pathlib.Path(a.save_state))
   return a
+
+
+def _prove_writable(path: pathlib.Path) -> None:
+  if (path.exists() and not path.is_file()) or not path.parent.is_dir():
+    raise UserError(f"--save_state: {path} is not a file in a folder that exists")
+  try:
+    with tempfile.TemporaryFile(prefix=f".{path.name}.", dir=path.parent):
+      pass
+  except OSError as e:
+    raise UserError(f"--save_state: {path} cannot be written ({e.strerror})") from e
 
 
 def _prompts(a) -> list[str]:
@@ -79,16 +96,20 @@ def _prompts(a) -> list[str]:
     if not a.texts["--prompt_file"]:
       raise UserError(f"--prompt_file: {a.prompt_file} is empty; want one prompt a line")
   prompts = sum(a.texts.values(), [])
-  if a.prompt_schedule:
+  if a.prompt_schedule is not None:
     if prompts:
       raise UserError("--prompt_schedule: not together with --prompt or --prompt_file")
     try:
       parts = [part.split(":", 1) for part in a.prompt_schedule.split(";") if part.strip()]
-      a.schedule = {float(when): text.strip() for when, text in parts}
+      timed = [(float(when), text.strip()) for when, text in parts]
     except ValueError as e:
       raise UserError(f'--prompt_schedule: {a.prompt_schedule!r}; want "0: prompt; 2.5: prompt"') from e
+    a.schedule = dict(timed)
     if 0 not in a.schedule or not all(0 <= s < math.inf for s in a.schedule):
       raise UserError("--prompt_schedule: want times of 0 seconds or more, the first prompt at 0")
+    if len(a.schedule) < len(timed):
+      twice = next(s for i, (s, _) in enumerate(timed) if s in dict(timed[:i]))
+      raise UserError(f"--prompt_schedule: {twice:g} is there twice; want one prompt for each time")
     a.texts["--prompt_schedule"] = list(a.schedule.values())
     prompts = [a.schedule[0]]
   return prompts or ["a red 3 and a blue 7"]
@@ -113,14 +134,17 @@ def run(argv: list[str]) -> None:
   for flag, texts in a.texts.items():
     sampler.parts.check(texts, flag)
   sampler.text(sum(a.texts.values(), []) or a.prompts)  # together: an encoder loaded for new prompts is loaded once
-  fps, prefix, state, decoded = sampler.fps, None, None, None
+  fps, prefix, state, decoded, seed = sampler.fps, None, None, None, a.seed or 0
   if a.image:
     prefix = read_image(a.image, sampler.size)[None, None]
   if a.video:
     prefix = read_video(a.video, fps, sampler.size)[None]
   if a.continue_state:
-    fresh = sampler.start(a.prompts, a.seed)
+    fresh = sampler.start(a.prompts, seed)
     state, decoded, told = _load_state(a.continue_state, fresh, sampler.parts.start(1))
+    made = _made(a.continue_state, sampler)
+    if a.seed is None:
+      seed = made.get("seed", 0)
     if any(a.texts.values()):  # another prompt, or the same one again
       state = state.replace(cross_k=fresh.cross_k, cross_v=fresh.cross_v)
     else:
@@ -130,16 +154,17 @@ def run(argv: list[str]) -> None:
   frames = max(1, round(a.seconds * fps))
   if a.save_state:  # what the state knows is in the video, so that nothing is lost between the two
     frames = sampler.first_frame(sampler.chunk_of_frame(behind + frames - 1) + 1) - behind
-  schedule = {
-    sampler.chunk_of_frame(behind + round(s * fps)): [text] for s, text in sorted(a.schedule.items()) if s > 0
-  }
+  if a.video and sampling.usable(prefix.shape[1]) >= frames:
+    told = f"{a.video} lasts {prefix.shape[1] / fps:g} s"
+    raise UserError(f"--video: {told}; want less than --seconds {a.seconds:g}, so that it is continued")
+  schedule = _schedule(a, sampler, behind, frames)
   out = make_folder(a.out, "--out")
   videos = []
   for i, prompt in enumerate(a.prompts):
-    memory = state or sampler.start([prompt], a.seed)
+    memory = state or sampler.start([prompt], seed)
     sheet, start, first = ContactSheet(fps), time.perf_counter(), None
     with VideoWriter(out / f"{i:02d}.mp4", fps, scale=4 if sampler.size[0] <= 128 else 1) as writer:
-      stream = sampler.stream(memory, frames, a.seed, [i], prefix, schedule, decoded)
+      stream = sampler.stream(memory, frames, seed, [i], prefix, schedule, decoded)
       for pixels in stream:
         first = first or time.perf_counter() - start
         writer.write(pixels[0])
@@ -147,11 +172,10 @@ def run(argv: list[str]) -> None:
     total, times, memory = time.perf_counter() - start, stream.seconds, stream.memory
     sheet.save(out / f"{i:02d}.png")
     if a.save_state:
-      told = [text for chunk, (text,) in schedule.items() if chunk < int(memory.chunk[0])]
-      arrays = checkpoint.flatten(dict(vars(memory)) | {"codec": stream.decoded}) | {
-        "prompt": np.array([prompt, *told][-1])
-      }
-      checkpoint.save_arrays(a.save_state, arrays)
+      (last,) = [[prompt], *schedule.values()][-1]
+      made = _identity(sampler) | {"attention": a.attention, "seed": seed}
+      told = {"prompt": np.array(last), "made": np.array(json.dumps(made))}
+      checkpoint.save_arrays(a.save_state, checkpoint.flatten(dict(vars(memory)) | {"codec": stream.decoded}) | told)
     videos.append(
       {
         "prompt": prompt,
@@ -168,7 +192,7 @@ def run(argv: list[str]) -> None:
     print(f"{out / f'{i:02d}.mp4'}  {frames} frames in {total:.1f} s  {prompt!r}")
   record = run_record(
     to_dict(sampler.config),
-    seed=a.seed,
+    seed=seed,
     devices=a.devices,
     videos=videos,
     kv_bytes={"predicted": sampler.kv_bytes, "measured": held_bytes(memory)},
@@ -183,6 +207,52 @@ def run(argv: list[str]) -> None:
   write_json_atomic(out / "run.json", json.loads(json.dumps(record, default=str)))
 
 
+def _schedule(a, sampler: sampling.Sampler, behind: int, frames: int) -> dict[int, list[str]]:
+  """Chunk -> prompt from there on, but the first one's; `behind` frames are made already."""
+  chunk = lambda s: sampler.chunk_of_frame(behind + round(s * sampler.fps))
+  times = sorted(a.schedule)
+  for before, s in itertools.pairwise(times):
+    if round(s * sampler.fps) >= frames:
+      raise UserError(f"--prompt_schedule: {s:g} is not before the video's end, --seconds {a.seconds:g}")
+    if chunk(s) == chunk(before):
+      told = f"{before:g} and {s:g} fall into the same chunk"
+      raise UserError(
+        f"--prompt_schedule: {told}; want one prompt for each, of {sampler.chunk_length / sampler.fps:g} s"
+      )
+  return {chunk(s): [a.schedule[s]] for s in times[1:]}
+
+
+_OF_THE_RUN = ("dtype", "param_dtype", "remat", "linear")  # of `ModelConfig`: a state may go on under another
+
+
+def _identity(sampler: sampling.Sampler) -> dict:
+  """What a state belongs to: the model, wherever its folder and on whatever devices, and the memory."""
+  config, dit = to_dict(sampler.config), sampler.parts.dit
+  model = {name: value for name, value in config["model"].items() if name not in _OF_THE_RUN}
+  told = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
+  for x in checkpoint.flatten({name: dit[name] for name in ("head", "patch_embedding")}).values():
+    told.update(x.astype(jnp.bfloat16).tobytes())
+  return {"model": told.hexdigest()[:16], "memory": config["memory"]}
+
+
+def _made(path: str, sampler: sampling.Sampler) -> dict:
+  """What --save_state told of a state that can be read; empty of one that was written before it told.
+
+  Raises:
+    UserError: it was made by another model, or with another memory.
+  """
+  with np.load(path) as z:
+    made = json.loads(str(z["made"])) if "made" in z else {}
+  own = _identity(sampler)
+  if made and made["model"] != own["model"]:
+    raise UserError(f"--continue_state: {path} was made by another model; want the --checkpoint it was made by")
+  texts = lambda memory: {name: str(value) for name, value in memory.items()}
+  wrong = made and checkpoint.first_difference(texts(made["memory"]), texts(own["memory"]))
+  if wrong:
+    raise UserError(f"--continue_state: {path} was made with --attention {made['attention']}, another memory: {wrong}")
+  return made
+
+
 def _load_state(path: str, like: KVMemory, codec) -> tuple[KVMemory, Any, str]:
   """What --save_state saved: a memory shaped and typed as `like`, the codec's state as `codec`, and the prompt."""
   try:
@@ -190,7 +260,7 @@ def _load_state(path: str, like: KVMemory, codec) -> tuple[KVMemory, Any, str]:
   except UserError as e:
     raise UserError(f"--continue_state: {e}") from e
   wanted = dict(vars(like)) | {"codec": codec}
-  shapes = lambda leaves: {name: str(list(x.shape)) for name, x in leaves.items() if name != "prompt"}
+  shapes = lambda leaves: {name: str(list(x.shape)) for name, x in leaves.items() if name not in ("prompt", "made")}
   named = checkpoint.named(wanted)
   wrong = checkpoint.first_difference(shapes(arrays), shapes(named))
   if wrong:

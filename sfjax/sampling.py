@@ -21,16 +21,28 @@ from sfjax.routing import MemoryConfig
 
 SHIPPED = pathlib.Path(__file__).parent.parent / "checkpoints" / "digits_student_memory"
 ATTENTION = ("sparse", "window", "dense")
+LONGEST = 24 * 3600  # seconds of a video
 _DENSE_CHUNKS = 7  # 21 latents, Self-Forcing's cache
 
 
 def attention_preset(config: Config, name: str) -> MemoryConfig:
-  """The model's own memory, a plain window of the same KV bytes, or a dense cache of 21 latents."""
+  """The model's own memory, a plain window of the same KV bytes, or a dense cache of 21 latents.
+
+  Raises:
+    UserError: none of `ATTENTION`.
+  """
+  if name not in ATTENTION:
+    raise UserError(f"--attention: {name!r}; want one of {', '.join(ATTENTION)}")
   own, nb = config.memory, config.model.layout.blocks
   if name == "sparse":
     return own
   chunks = _DENSE_CHUNKS if name == "dense" else own.window + round(own.persistent / nb)
   return own.of_window(chunks)
+
+
+def usable(frames: int) -> int:
+  """How many of so many real frames a video starts with: those that fill whole latents."""
+  return 1 + 4 * ((frames - 1) // 4)
 
 
 class Sampler:
@@ -43,7 +55,7 @@ class Sampler:
       as steps=4. None leaves each of these as it is.
 
   Raises:
-    UserError: the folder is absent, damaged or of another config, or see `cluster.heads_mesh`.
+    UserError: the folder is absent, damaged or of another config, an argument is not accepted, or see `cluster.heads_mesh`.
   """
 
   def __init__(
@@ -125,8 +137,7 @@ class Sampler:
     """
     given = np.zeros((len(samples), 0, *self.config.model.latent_size, self.config.model.latent_channels), np.float32)
     if prefix is not None:
-      usable = 1 + 4 * ((prefix.shape[1] - 1) // 4)
-      given = np.asarray(self.parts.encode(prefix[:, :usable]))
+      given = np.asarray(self.parts.encode(prefix[:, : usable(prefix.shape[1])]))
     decoded = self.parts.start(len(samples)) if decoded is None else decoded
     return Stream(self, memory, decoded, frames, jax.random.key(seed), samples, given, schedule or {})
 
@@ -227,6 +238,9 @@ def sample(
   prompt: str = "a red 3 and a blue 7", seconds: float = 5.0, seed: int = 0, checkpoint_dir=SHIPPED, **options
 ):
   """A video in a notebook: uint8 [F,h,w,3]. options: attention, steps, ..., see `Sampler`."""
+  if not 0 < seconds <= LONGEST:
+    raise UserError(f"seconds: {seconds:g}; want more than 0 and at most {LONGEST}")
   sampler = Sampler(checkpoint_dir, **options)
-  stream = sampler.stream(sampler.start([prompt], seed), round(seconds * sampler.fps), seed, [0])
+  frames = max(1, round(seconds * sampler.fps))
+  stream = sampler.stream(sampler.start([prompt], seed), frames, seed, [0])
   return np.concatenate([frames[0] for frames in stream])

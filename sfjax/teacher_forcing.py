@@ -49,6 +49,10 @@ def source(config: Config, stage: Stage) -> Source:
     )
   data, frames = config.data, frames_of_chunks(stage.chunks)
   size = tuple(n * DigitsCodec().space for n in config.model.latent_size)
+  if config.model.latent_channels != DigitsCodec().channels:
+    raise UserError(
+      f"config.model.latent_channels: {config.model.latent_channels}; pixels' want {DigitsCodec().channels}"
+    )
   if data.source == "folder":
     if not data.path:
       raise UserError("config.data.path: ''; want the folder of the videos")

@@ -3,6 +3,8 @@
 A card beside them says what they are and what the clips are told. A rerun makes the shards that are missing, and no others.
 """
 
+import bisect
+import itertools
 import json
 import os
 import pathlib
@@ -24,6 +26,33 @@ def _shard(kind: str, index: int) -> str:
   return f"{kind}-{index:05d}.array_record"
 
 
+def _damaged(flag: str, file: pathlib.Path, command: str) -> UserError:
+  return UserError(f"{flag}: {file} is damaged; remove it and run the same {command} again")
+
+
+def _read_card(flag: str, file: pathlib.Path, command: str) -> dict:
+  """A folder's card. Raises UserError: the file holds none."""
+  try:
+    card = json.loads(file.read_text())
+  except ValueError as e:
+    raise _damaged(flag, file, command) from e
+  if (
+    not isinstance(card, dict)
+    or not isinstance(card.get("shards"), int)
+    or not isinstance(card.get("captions", []), list)
+  ):
+    raise _damaged(flag, file, command)
+  return card
+
+
+def _clips(file: pathlib.Path) -> int:
+  """Of a shard; 0 if it cannot be read."""
+  try:
+    return len(grain.sources.ArrayRecordDataSource([str(file)]))
+  except RuntimeError:
+    return 0
+
+
 class Records:
   """What a folder holds: {name: array, ..., "caption": str} by index.
 
@@ -32,31 +61,45 @@ class Records:
   """
 
   def __init__(self, path: str, kind: str, writer: str):
-    """kind: of shards. writer: the module that makes them. Raises UserError: no such folder, or shards that are missing."""
-    folder = pathlib.Path(path)
+    """kind: of shards. writer: the module that makes them.
+
+    Raises:
+      UserError: no such folder, or files of it that are missing or damaged.
+    """
+    folder, self._command = pathlib.Path(path), f"{writer} command"
     try:
-      self.card = json.loads((folder / f"{kind}.json").read_text())
-    except (OSError, ValueError) as e:
+      self.card = _read_card("config.data.path", folder / f"{kind}.json", self._command)
+    except OSError as e:
       raise UserError(f"config.data.path: {path!r} is no folder that {writer} wrote: {kind}.json cannot be read") from e
     if "captions" not in self.card:
       raise UserError(
         f"config.data.path: {path} was written by an earlier {writer}; its command into a new folder makes it anew"
       )
     self.captions = self.card["captions"]
-    files = [folder / _shard(kind, i) for i in range(self.card["shards"])]
+    self._files = files = [folder / _shard(kind, i) for i in range(self.card["shards"])]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
       raise UserError(
         f"config.data.path: {path} lacks {len(missing)} of {len(files)} shards, first {missing[0]}; the same {writer} "
         "command makes them"
       )
-    self._records = grain.sources.ArrayRecordDataSource([str(f) for f in files])
+    try:
+      self._records = grain.sources.ArrayRecordDataSource([str(f) for f in files])
+    except RuntimeError as e:
+      file = next((f for f in files if not _clips(f)), None)
+      if file is None:
+        raise
+      raise _damaged("config.data.path", file, self._command) from e
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, index: int) -> dict:
-    found = load(self._records[index])
+    try:
+      found = load(self._records[index])
+    except RuntimeError as e:
+      ends = list(itertools.accumulate(map(_clips, self._files)))
+      raise _damaged("config.data.path", self._files[bisect.bisect(ends, index)], self._command) from e
     return found | {"caption": found["caption"].tobytes().decode()}
 
 
@@ -83,7 +126,7 @@ def write(
     make: indices of clips -> {name: array, a row a clip}.
 
   Raises:
-    UserError: a folder that cannot be written, or that holds others.
+    UserError: a folder that cannot be written, or that holds others or a damaged card.
   """
   from tqdm import tqdm
 
@@ -94,7 +137,7 @@ def write(
     own = out / f".{file.name}.{part[0]}"  # other parts begin at the same time
     write_json_atomic(own, card)
     os.replace(own, file)
-  if json.loads(file.read_text()) != card:
+  if _read_card("--out", file, "command") != card:
     raise UserError(f"--out: {out} holds {kind} of other flags, see {file.name}")
   for indices in tqdm(shards(len(captions), batch, part), unit="shard", disable=None):
     name = out / _shard(kind, indices[0] // batch)

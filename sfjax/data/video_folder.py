@@ -98,19 +98,28 @@ class VideoFolder:
     return {"frames": _read(video.path, times, self._size), "caption": video.caption}
 
 
+def _read_text(path: pathlib.Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise DataError(f"{path}: not text in UTF-8") from error
+
+
 def _read_captions(folder: pathlib.Path) -> dict[pathlib.Path, str]:
   """Captions by path; empty where there is no list."""
   listing, captions = folder / CAPTIONS, {}
   if not listing.exists():
     return captions
-  for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+  for number, line in enumerate(_read_text(listing).splitlines(), 1):
     if not line.strip():
       continue
     try:
       entry = json.loads(line)
-      path, caption = folder / entry["file"], str(entry["caption"])
+      path, caption = folder / entry["file"], entry["caption"]
+      if not isinstance(caption, str):
+        raise TypeError
     except (ValueError, KeyError, TypeError) as error:
-      raise DataError(f'{listing}: line {number} is not {{"file": ..., "caption": ...}}') from error
+      raise DataError(f'{listing}: line {number} is not {{"file": path, "caption": text}}') from error
     if not path.is_file():
       raise DataError(f"{listing}: line {number} names {entry['file']}, which is not there")
     captions[path.resolve()] = caption
@@ -121,7 +130,7 @@ def _caption(path: pathlib.Path, captions: dict[pathlib.Path, str]) -> str:
   beside = path.with_suffix(".txt")
   if path.resolve() in captions:
     return captions[path.resolve()]
-  return beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
+  return _read_text(beside).strip() if beside.is_file() else ""
 
 
 def _open(path: pathlib.Path):

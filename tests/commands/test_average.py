@@ -54,7 +54,7 @@ def test_ends_are_the_models_themselves():
   ("line", "says"),
   [
     ("one other --weight 1.5 --out new", "--weight: 1.5; want 0 to 1"),
-    ("one wide --out new", "OTHER: "),
+    ("one wide --out new", "has model.ffn_dim = 96; want MODEL's, 64"),
     ("one absent --out new", "OTHER: "),
     ("absent other --out new", "MODEL: "),
     ("one other --out one", "is there already; want a new folder"),

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfjax import checkpoint
+import sfjax
+from sfjax import checkpoint, ode
+from sfjax.errors import UserError
+from sfjax.sampling import Sampler
+from sfjax.video import VideoWriter
 
 
 @pytest.fixture
@@ -47,10 +51,27 @@ def broken(model_folder, tmp_path):
     ("--prompt_schedule 0:red;inf:blue", "--prompt_schedule: want times"),
     ("--prompt_schedule 0:red;nan:blue", "--prompt_schedule: want times"),
     ("--prompt_schedule red", "--prompt_schedule: 'red'; want"),
+    ("--prompt_schedule=", "--prompt_schedule: want times"),
+    ("--prompt_schedule 0:red;0:blue", "--prompt_schedule: 0 is there twice; want one prompt for each time"),
+    (
+      "--prompt_schedule 0:red;0.01:blue",
+      "--prompt_schedule: 0 and 0.01 fall into the same chunk; want one prompt for",
+    ),
+    ("--prompt_schedule 0:red;1:bar;1.2:blue", "--prompt_schedule: 1 and 1.2 fall into the same chunk"),
+    ("--prompt_schedule 0:red;2:blue --seconds 2", "--prompt_schedule: 2 is not before the video's end, --seconds 2"),
     ("--prompt dog", "--prompt: unknown word 'dog'; this model knows: a and bar digit"),
     ("--prompt_schedule 0:red;1:dog", "--prompt_schedule: unknown word 'dog'"),
     ("--save_state absent/s", "--save_state: absent/s is not a file in a folder"),
     ("--save_state .", "--save_state: . is not a file"),
+    ("--save_state /dev/null", "--save_state: /dev/null is not a file"),
+    ("--save_state /proc/x", "--save_state: /proc/x cannot be written ("),
+    ("--save_state=", "--save_state: ''; want a name"),
+    ("--continue_state=", "--continue_state: ''; want a name"),
+    ("--prompt_file=", "--prompt_file: ''; want a name"),
+    ("--image=", "--image: ''; want a name"),
+    ("--video=", "--video: ''; want a name"),
+    ("--tiny_decoder=", "--tiny_decoder: ''; want a name"),
+    ("--out=", "--out: ''; want a name"),
     ("--checkpoint absent", "--checkpoint: absent is not a folder"),
     ("--checkpoint tests", "--checkpoint: tests holds no model"),
     ("--continue_state absent", "--continue_state: absent: no such file"),
@@ -99,6 +120,35 @@ def test_a_video_without_a_frame(refused_sample, tmp_path):
   assert f"--video: {tmp_path / 'sound.wav'} " in refused_sample("--video", tmp_path / "sound.wav")
 
 
+def test_a_video_that_leaves_nothing_to_make(refused_sample, tmp_path):
+  with VideoWriter(tmp_path / "a.mp4", 16) as writer:
+    writer.write(np.zeros((12, 64, 64, 3), np.uint8))
+  line = refused_sample("--video", tmp_path / "a.mp4", "--seconds", 0.5)
+  assert f"--video: {tmp_path / 'a.mp4'} lasts 0.75 s; want less than --seconds 0.5" in line
+
+
+def test_arguments_of_the_library(model_folder):
+  with pytest.raises(UserError, match="--attention: 'sprase'; want one of sparse, window, dense"):
+    Sampler(model_folder, attention="sprase")
+  for seconds in (0, -1, math.nan, math.inf):
+    with pytest.raises(UserError, match=f"seconds: {seconds:g}; want more than 0"):
+      sfjax.sample(seconds=seconds, checkpoint_dir=model_folder)
+  with pytest.raises(TypeError, match="stepz"):
+    sfjax.sample(checkpoint_dir=model_folder, stepz=4)
+
+
+@pytest.mark.parametrize(
+  ("flags", "says"),
+  [
+    ("--steps 0", "--steps: 0; want at least 1"),
+    ("--seed -1", "--seed: -1; want 0..2147483647"),
+    ("--seed 2147483648", "--seed: 2147483648; want 0..2147483647"),
+  ],
+)
+def test_flags_of_ode(refused, model_folder, tmp_path, flags, says):
+  assert says in refused(ode.main, "--checkpoint", model_folder, "--out", tmp_path / "pairs", *flags.split())
+
+
 def test_checkpoints_that_are_damaged_or_of_another_config(refused_sample, broken):
   params, config = (broken / "params.npz").read_bytes(), json.loads((broken / "config.json").read_text())
   for part in (0, 0.5, 0.999):
@@ -127,10 +177,27 @@ def test_states_that_do_not_fit(refused_sample, run_sample, model_folder, tmp_pa
   for flags in (("--guidance", 1), ("--attention", "dense"), ("--slots", "float8")):
     line = refused_sample("--continue_state", state, *flags)
     assert f"--continue_state: {state} does not fit this model, --attention, --slots and --guidance" in line
+  line = refused_sample("--continue_state", state, "--attention", "window")  # of the same shapes
+  assert f"--continue_state: {state} was made with --attention sparse, another memory: window is " in line
   whole = state.read_bytes()
   state.write_bytes(whole[: len(whole) // 2])
   assert f"--continue_state: {state}: damaged" in refused_sample("--continue_state", state)
   assert "does not fit" in refused_sample("--continue_state", model_folder / "params.npz")
+
+
+def test_states_of_another_model(refused_sample, run_sample, broken, tmp_path):
+  """Of the same shapes; a copy of its folder is the same one, and a state that does not tell is taken as it is."""
+  state, params, on = tmp_path / "state", broken / "params.npz", ("--seconds", 0.1, "--checkpoint", broken)
+  run_sample("--seconds", 0.1, "--save_state", state, out="begun")
+  run_sample(*on, "--continue_state", state, "--linear", "float8")
+  arrays = checkpoint.load_arrays(params)
+  checkpoint.save_arrays(params, arrays | {"dit/head/bias": -arrays["dit/head/bias"]})
+  line = refused_sample("--continue_state", state, "--checkpoint", broken)
+  assert f"--continue_state: {state} was made by another model; want the --checkpoint" in line
+  untold = checkpoint.load_arrays(state)
+  untold.pop("made")
+  checkpoint.save_arrays(state, untold)
+  assert run_sample(*on, "--continue_state", state).record["seed"] == 0
 
 
 def test_out_that_cannot_be_written(refused_sample, tmp_path):
@@ -143,8 +210,6 @@ def test_out_that_cannot_be_written(refused_sample, tmp_path):
 
 
 def test_a_failure_on_the_way_leaves_no_part_of_a_video(run_sample, tmp_path, monkeypatch):
-  from sfjax.sampling import Sampler
-
   stream = Sampler.stream
 
   def torn(self, *args):

@@ -82,8 +82,9 @@ def test_save_and_continue_equals_the_unbroken_video(run_sample, tmp_path):
   on = run_sample("--seconds", 1.5, "--seed", 3, "--continue_state", state, out="c")
   np.testing.assert_array_equal(np.concatenate([begun.frames, on.frames]), unbroken.frames)
   assert on.record["videos"][0]["prompt"] == "a blue 7"
-  again = run_sample(*BLUE, "--seconds", 1, "--seed", 3, "--continue_state", state, out="d")
+  again = run_sample(*BLUE, "--seconds", 1, "--continue_state", state, out="d")  # the state tells the seed
   np.testing.assert_array_equal(again.frames, on.frames[:16])
+  assert again.record["seed"] == 3
   for flags in ((*RED, "--seed", 3), ("--seed", 4)):
     fork = run_sample(*flags, "--seconds", 1, "--continue_state", state, out="e")
     assert (fork.frames != on.frames[:16]).mean() > 0.05

@@ -42,7 +42,7 @@ def test_a_video_goes_on_on_two_devices_as_on_one(two_heads, tmp_path):
   """A state of one device, and from it a stretch under two prompts; the states after it are compared."""
   of = lambda name: ("--checkpoint", two_heads, "--out", tmp_path / "out", *FLAGS, tmp_path / name)
   sample.main([*map(str, (*of("begun"), "--prompt", "a red 3"))])
-  more = ("--continue_state", tmp_path / "begun", "--prompt_schedule", "0: a red 3; 0.5: a blue 7")
+  more = ("--continue_state", tmp_path / "begun", "--prompt_schedule", "0: a red 3; 0.8: a blue 7")
   sample.main([*map(str, (*of("one"), *more))])
   run = on_two_devices(*of("two"), *more)
   assert run.returncode == 0, run.stderr[-2000:]
@@ -51,7 +51,7 @@ def test_a_video_goes_on_on_two_devices_as_on_one(two_heads, tmp_path):
     name: n for name, n in held["measured"].items() if name != "total"
   }  # by each of the two
   want, got = load_arrays(tmp_path / "one"), load_arrays(tmp_path / "two")
-  assert want.keys() == got.keys() and {"k", "v", "pooled", "score", "cross_k"} < want.keys()
+  assert want.keys() == got.keys() and {"k", "v", "pooled", "score", "cross_k", "made"} < want.keys()
   for name, x in want.items():
     if x.dtype == np.float32:
       assert np.linalg.norm(got[name] - x) <= 1e-5 * np.linalg.norm(x), name

@@ -58,6 +58,56 @@ def test_a_card_of_before_is_refused(tmp_path):
     records.Records(str(tmp_path), "things", "sfjax.things")
 
 
+def test_a_damaged_card_is_named_and_can_be_made_again(tmp_path):
+  write(tmp_path)
+  file = tmp_path / "things.json"
+  whole = file.read_text()
+  for text in (
+    whole[:40],
+    "",
+    "[1]",
+    '{"captions": []}',
+    '{"shards": "3", "captions": []}',
+    '{"shards": 3, "captions": 1}',
+  ):
+    file.write_text(text)
+    with pytest.raises(
+      UserError, match="things.json is damaged; remove it and run the same sfjax.things command again"
+    ):
+      records.Records(str(tmp_path), "things", "sfjax.things")
+    with pytest.raises(UserError, match="--out: .*things.json is damaged; remove it and run the same command again"):
+      write(tmp_path)
+  file.unlink()
+  write(tmp_path, make=None)
+  assert file.read_text() == whole
+
+
+@pytest.mark.parametrize("size", [0, 100, 70_000, -1])
+def test_a_shard_cut_short_is_named_and_can_be_made_again(size, tmp_path):
+  write(tmp_path)
+  file = tmp_path / "things-00003.array_record"
+  whole = file.read_bytes()
+  file.write_bytes(whole[:size])
+  with pytest.raises(
+    UserError, match="path: .*things-00003.array_record is damaged; remove it and run the same sfjax.th"
+  ):
+    records.Records(str(tmp_path), "things", "sfjax.things")
+  file.unlink()
+  write(tmp_path)
+  assert len(records.Records(str(tmp_path), "things", "sfjax.things")) == 21
+
+
+def test_a_damaged_clip_names_its_shard(tmp_path):
+  write(tmp_path)
+  file = tmp_path / "things-00003.array_record"
+  whole = file.read_bytes()
+  file.write_bytes(whole.replace(X[6].tobytes(), bytes(12)))
+  read = records.Records(str(tmp_path), "things", "sfjax.things")
+  np.testing.assert_array_equal(read[5]["x"], X[5])
+  with pytest.raises(UserError, match="things-00003.array_record is damaged"):
+    read[6]
+
+
 @pytest.mark.parametrize("text", ["", "1", "1/1", "-1/2", "a/b", "0/0"])
 def test_a_part_that_is_none(text):
   with pytest.raises(UserError, match="--part: .*; want I/N, I from 0 to N - 1"):

@@ -187,11 +187,19 @@ def test_truncated_files(tmp_path):
     folder[2]
 
 
-@pytest.mark.parametrize("line", ["no json", '{"file": "a.mp4"}', "[1]"])
+@pytest.mark.parametrize("line", ["no json", '{"file": "a.mp4"}', "[1]", '{"file": "a.mp4", "caption": 3}'])
 def test_bad_caption_lines_are_named(tmp_path, line):
   write(tmp_path / "a.mp4", [100] * 10)
   (tmp_path / "captions.jsonl").write_text('{"file": "a.mp4", "caption": "grey"}\n' + line)
   with pytest.raises(DataError, match="captions.jsonl: line 2 is not"):
+    VideoFolder(tmp_path, (16, 16), 24, 4)
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "a.txt"])
+def test_captions_that_are_not_utf8_are_named(tmp_path, name):
+  write(tmp_path / "a.mp4", [100] * 10)
+  (tmp_path / name).write_bytes('{"file": "a.mp4", "caption": "café"}'.encode("latin1"))
+  with pytest.raises(DataError, match=f"{name}: not text in UTF-8$"):
     VideoFolder(tmp_path, (16, 16), 24, 4)
 
 

@@ -54,8 +54,16 @@ def test_memory_with_interventions(model, tmp_path, capsys):
   [
     (["--videos", "0"], "--videos: 0; want 1 or more"),
     (["--task", "memory", "--videos", "3"], "--videos: 3; want an even number, 2 or more"),
-    (["--task", "memory", "--hide", "20"], "--hide: 20; 1..19"),
+    (["--task", "memory", "--hide", "20"], "--hide: 20; want 1..19"),
     (["--seconds", "0"], "--seconds: 0; want 0.1 to 3600"),
+    (["--task", "memory", "--hide", "0"], "--hide: 0; want 1..19"),
+    (["--hide", "3"], "--hide: only with --task memory"),
+    (["--guidance", "inf"], "--guidance: inf; want 0 or more"),
+    (["--guidance", "nan"], "--guidance: nan; want 0 or more"),
+    (
+      ["--task", "memory", "--arm", "a=checkpoints/digits_teacher"],
+      "--arm a: chunks of 21 latents; --task memory wants",
+    ),
     (["--intervene", "swap"], "--intervene: only with --task memory"),
     (["--task", "other"], "argument --task: invalid choice"),
     (["--classifier", "absent.npz"], "absent.npz: no such file"),

@@ -163,6 +163,12 @@ def test_a_full_device_is_not_told_as_damage(tmp_path, monkeypatch, error):
     c.restore(state())
 
 
+def test_a_folder_of_numbered_things_is_no_training_run(tmp_path):
+  (tmp_path / "out_60").mkdir()
+  with pytest.raises(UserError, match=f"^--checkpoint: {tmp_path} holds no model; want a folder with config.json"):
+    load_config(tmp_path)
+
+
 def test_params_of_a_training_run(tmp_path):
   save(tmp_path / "checkpoints", 1, 2)
   leftover = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"

@@ -170,6 +170,49 @@ def test_learned_importance_wants_a_head():
     to_dataclass(Config, values)
 
 
+@pytest.mark.parametrize(
+  "override, message",
+  [
+    ("train.lr=nan", "train.lr: nan; want 0 or more"),
+    ("train.log_every=0", "train.log_every: 0; want at least 1"),
+    ("train.keep_last=0", "train.keep_last: 0; want at least 1"),
+    ("train.accumulate=0", "train.accumulate: 0; want at least 1"),
+    ("train.workers=-1", "train.workers: -1; want 0 or more"),
+    ("train.seed=-1", "train.seed: -1; want 0 to 2147483647"),
+    ("train.betas=2,2", "train.betas: (2.0, 2.0); want two fractions in [0, 1)"),
+    ("train.p_known=nan", "train.p_known: nan; want 0 to 1"),
+    ("data.fps=nan", "data.fps: nan; want a positive number, at most 1000"),
+    ("data.none=0.9", "data.none: 0.9; want a share, 0 to 1 - colour_only = 0.8"),
+    ("memory.route_parts=3", "memory.route_parts: 3; want a divisor of the rows and columns of model.tile (3, 4, 4)"),
+    ("model.layers=0", "model.layers: 0; want at least 1"),
+    ("model.tile=3,4,0", "model.tile: (3, 4, 0); want numbers of at least 1"),
+    ("model.latent_size=-32,32", "model.latent_size: (-32, 32); want numbers of at least 1"),
+    ("model.param_dtype=int8", "model.param_dtype: 'int8'; want float32 or bfloat16"),
+    ("sampler.shift=inf", "sampler.shift: inf; want a positive number"),
+    ("distill.critic_lr=nan", "distill.critic_lr: nan; want 0 or more"),
+  ],
+)
+def test_values_out_of_range(override, message):
+  key, _, value = override.partition("=")
+  with pytest.raises(UserError, match=re.escape(f"config.{message}")):
+    to_dataclass(Config, apply_overrides(load_config(DIGITS), {key: value}))
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("import nosuchmodule", "fails: ModuleNotFoundError: No module named 'nosuchmodule'"),
+    ("def get_config(): pass", "get_config('') fails: TypeError"),
+    ("def get_config(arg): return {}['x']", "get_config('') fails: KeyError: 'x'"),
+    ("def get_config(arg): return {}", "get_config gives a dict; want a ConfigDict"),
+  ],
+)
+def test_config_files_that_fail(tmp_path, text, message):
+  (tmp_path / "own.py").write_text(text)
+  with pytest.raises(UserError, match=re.escape(message)):
+    load_config(str(tmp_path / "own.py"))
+
+
 def test_sinks_want_persistent_blocks():
   with pytest.raises(ValueError, match="sink_chunks: 1; want 0 without persistent blocks"):
     MemoryConfig(window=4, sink_chunks=1)

@@ -97,3 +97,30 @@ def test_what_holds_no_weights_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
       convert.main([str(tmp_path / name), str(tmp_path / "model")])
     assert e.value.code == 2 and line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("change", "line"),
+  [
+    ({"patch_embedding.weight": 64}, "no Wan2.1 DiT; patch_embedding.weight has shape [64], want one of length 5"),
+    ({"text_embedding.0.weight": 64}, "no Wan2.1 DiT; text_embedding.0.weight has shape [64], want one of length 2"),
+    ({"patch_embedding.weight": None}, "no Wan2.1 DiT; no patch_embedding.weight"),
+    ({"token_embedding.weight": 64}, "no UMT5 encoder; token_embedding.weight has shape [64], want one of length 2"),
+    ({"decoder.conv1.bias": 64}, "no Wan2.1 VAE; no encoder.conv1.bias"),
+    ([1], "config.json: want the model's config, an object whose num_heads, if there, is a number"),
+    ("{", "config.json: want the model's config"),
+    ({"num_heads": "two"}, "config.json: want the model's config"),
+    ({"num_heads": 5}, "heads: 5"),
+  ],
+)
+def test_what_does_not_fit_is_named(change, line, tmp_path, capsys):
+  arrays = test_dit.official("tiny")
+  if "config" in line or "heads" in line:
+    (tmp_path / "config.json").write_text(change if change == "{" else json.dumps(change))
+    change = {}
+  arrays |= {name: np.zeros(n, np.float32) for name, n in change.items() if n}
+  save_file({n: x for n, x in arrays.items() if change.get(n, 1)}, tmp_path / "x.safetensors")
+  with pytest.raises(SystemExit) as e:
+    convert.main([str(tmp_path / "x.safetensors"), str(tmp_path / "model")])
+  error = capsys.readouterr().err
+  assert e.value.code == 2 and error.count("\n") == 1 and line in error and not (tmp_path / "model").exists()
