@@ -4,7 +4,6 @@ What a model forgets while it is trained further often comes back where its weig
 as, before what it learnt is gone (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models"). MODEL's config is kept.
 """
 
-import dataclasses
 import pathlib
 import sys
 
@@ -13,7 +12,6 @@ import jax
 from sfjax import checkpoint, teacher_forcing
 from sfjax.config import Config, to_dataclass
 from sfjax.errors import Parser, UserError, command
-from sfjax.model import ModelConfig
 from sfjax.parts import export_model, load_model
 from sfjax.runlog import run_record
 
@@ -38,9 +36,8 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--out: {a.out} is there already; want a new folder")
   config = to_dataclass(Config, checkpoint.load_config(a.model, "MODEL"), "MODEL")
   other = to_dataclass(Config, checkpoint.load_config(a.other, "OTHER"), "OTHER")
-  for name in (f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("dtype", "param_dtype", "remat")):
-    one, two = (getattr(c.model, name) for c in (config, other))
-    if one != two:
+  for name, one in config.model.architecture.items():
+    if one != (two := getattr(other.model, name)):
       raise UserError(f"OTHER: {a.other} has model.{name} = {two!r}; want MODEL's, {one!r}")
   like = teacher_forcing.abstract_model(config)
   models = [load_model(folder, like, flag) for folder, flag in ((a.model, "MODEL"), (a.other, "OTHER"))]

@@ -42,13 +42,11 @@ def first_difference(found: dict[str, str], want: dict[str, str]) -> str | None:
   return None
 
 
-NOT_THE_FILES = (
-  jax.errors.JaxRuntimeError,
-  MemoryError,
-)  # what reading them may fail by: a full device, a host that is gone
+# What reading files may fail by that says nothing of them: a full device, a host that is gone.
+NOT_THE_FILES = jax.errors.JaxRuntimeError, MemoryError
 
 
-def cause(e: Exception) -> str:
+def _cause(e: Exception) -> str:
   """What an error says first, in a few words."""
   return f"{type(e).__name__}: {str(e).strip()}".splitlines()[0][:120].rstrip(": ")
 
@@ -123,7 +121,7 @@ class Checkpoints:
       raise
     except Exception as e:  # whatever a damaged file makes Orbax and TensorStore raise
       raise UserError(
-        f"{self._directory / str(self.latest())} is damaged ({cause(e)}); remove this folder to go on from the step before"
+        f"{self._directory / str(self.latest())} is damaged ({_cause(e)}); remove this folder to go on from the step before"
       ) from e
 
   def _read(self, **items):

@@ -16,6 +16,12 @@ def check(config, *rules: tuple[str, bool, str]) -> None:
       raise ValueError(f"{name}: {getattr(config, name)!r}; want {want}")
 
 
+def check_seed(seed: int) -> None:
+  """Raises UserError: not one that all of JAX, NumPy and a config take."""
+  if not 0 <= seed < 2**31:
+    raise UserError(f"--seed: {seed}; want 0..2147483647")
+
+
 class Parser(argparse.ArgumentParser):
   """An ArgumentParser that raises UserError."""
 

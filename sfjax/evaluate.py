@@ -9,7 +9,7 @@ import re
 import sys
 import time
 
-from sfjax.errors import Parser, UserError, command
+from sfjax.errors import Parser, UserError, check_seed, command
 
 TASKS = ("prompt", "memory")
 
@@ -49,8 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     value = getattr(a, name)
     if value < 1 or a.task == "memory" and value % 2:
       raise UserError(f"--{name}: {value}; want {'an even number, 2 or more' if a.task == 'memory' else '1 or more'}")
-  if not 0 <= a.seed < 2**31:
-    raise UserError(f"--seed: {a.seed}; want 0..2147483647")
+  check_seed(a.seed)
   for seconds in a.seconds:
     if not 0.1 <= seconds <= 3600:
       raise UserError(f"--seconds: {seconds:g}; want 0.1 to 3600")

@@ -83,6 +83,11 @@ class ModelConfig:
     _ = self.layout  # refuses a patch or tile that does not divide
 
   @property
+  def architecture(self) -> dict:
+    """What two models of the same weights agree in: all but the dtypes, remat and linear of a run."""
+    return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("dtype", "param_dtype", "remat", "linear")}
+
+  @property
   def head_dim(self) -> int:
     return self.dim // self.heads
 

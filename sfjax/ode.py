@@ -24,7 +24,7 @@ from sfjax.checkpoint import load_config
 from sfjax.config import Config, Stage, to_dataclass
 from sfjax.data import records
 from sfjax.data.loader import PromptFile, Prompts, Source
-from sfjax.errors import Parser, UserError, command
+from sfjax.errors import Parser, UserError, check_seed, command
 from sfjax.flow import SamplerConfig, to_x0
 from sfjax.latents import fitting
 from sfjax.objective import clip_keys, teacher_forced
@@ -145,8 +145,7 @@ def main(argv: list[str]) -> None:
       raise UserError(f"--{flag}: {getattr(a, flag)}; want at least 1")
   if a.steps % a.levels:
     raise UserError(f"--levels: {a.levels} does not divide --steps {a.steps}")
-  if not 0 <= a.seed < 2**31:
-    raise UserError(f"--seed: {a.seed}; want 0..2147483647")
+  check_seed(a.seed)
   if a.pairs % a.batch:
     raise UserError(f"--pairs: {a.pairs} is not a multiple of --batch {a.batch}")
   part = records.part(a.part)

@@ -16,7 +16,7 @@ import numpy as np
 
 from sfjax import checkpoint, ledger, sampling
 from sfjax.config import to_dict
-from sfjax.errors import Parser, UserError
+from sfjax.errors import Parser, UserError, check_seed
 from sfjax.flow import COMMITS, ROUTING
 from sfjax.memory import KVMemory, held_bytes
 from sfjax.model import LINEAR
@@ -58,8 +58,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
       raise UserError(f"--{flag}: ''; want a name")
   if not 0 < a.seconds <= sampling.LONGEST:
     raise UserError(f"--seconds: {a.seconds:g}; want more than 0 and at most {sampling.LONGEST}")
-  if a.seed is not None and not 0 <= a.seed < 2**31:
-    raise UserError(f"--seed: {a.seed}; want 0..2147483647")
+  if a.seed is not None:
+    check_seed(a.seed)
   if a.guidance is not None and not 0 <= a.guidance < math.inf:
     raise UserError(f"--guidance: {a.guidance:g}; want 0 or more")
   if a.image and a.video:
@@ -141,8 +141,8 @@ def run(argv: list[str]) -> None:
     prefix = read_video(a.video, fps, sampler.size)[None]
   if a.continue_state:
     fresh = sampler.start(a.prompts, seed)
-    state, decoded, told = _load_state(a.continue_state, fresh, sampler.parts.start(1))
-    made = _made(a.continue_state, sampler)
+    state, decoded, told, made = _load_state(a.continue_state, fresh, sampler.parts.start(1))
+    _check_made(a.continue_state, made, sampler)
     if a.seed is None:
       seed = made.get("seed", 0)
     if any(a.texts.values()):  # another prompt, or the same one again
@@ -222,45 +222,38 @@ def _schedule(a, sampler: sampling.Sampler, behind: int, frames: int) -> dict[in
   return {chunk(s): [a.schedule[s]] for s in times[1:]}
 
 
-_OF_THE_RUN = ("dtype", "param_dtype", "remat", "linear")  # of `ModelConfig`: a state may go on under another
-
-
 def _identity(sampler: sampling.Sampler) -> dict:
   """What a state belongs to: the model, wherever its folder and on whatever devices, and the memory."""
-  config, dit = to_dict(sampler.config), sampler.parts.dit
-  model = {name: value for name, value in config["model"].items() if name not in _OF_THE_RUN}
-  told = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
+  config, dit = sampler.config, sampler.parts.dit
+  told = hashlib.sha256(json.dumps(config.model.architecture, sort_keys=True).encode())
   for x in checkpoint.flatten({name: dit[name] for name in ("head", "patch_embedding")}).values():
     told.update(x.astype(jnp.bfloat16).tobytes())
-  return {"model": told.hexdigest()[:16], "memory": config["memory"]}
+  return {"model": told.hexdigest()[:16], "memory": to_dict(config.memory)}
 
 
-def _made(path: str, sampler: sampling.Sampler) -> dict:
-  """What --save_state told of a state that can be read; empty of one that was written before it told.
-
-  Raises:
-    UserError: it was made by another model, or with another memory.
-  """
-  with np.load(path) as z:
-    made = json.loads(str(z["made"])) if "made" in z else {}
+def _check_made(path: str, made: dict, sampler: sampling.Sampler) -> None:
+  """Raises UserError: the state at `path` tells that it was made by another model, or with another memory."""
+  if not made:
+    return
   own = _identity(sampler)
-  if made and made["model"] != own["model"]:
+  if made["model"] != own["model"]:
     raise UserError(f"--continue_state: {path} was made by another model; want the --checkpoint it was made by")
   texts = lambda memory: {name: str(value) for name, value in memory.items()}
-  wrong = made and checkpoint.first_difference(texts(made["memory"]), texts(own["memory"]))
+  wrong = checkpoint.first_difference(texts(made["memory"]), texts(own["memory"]))
   if wrong:
     raise UserError(f"--continue_state: {path} was made with --attention {made['attention']}, another memory: {wrong}")
-  return made
 
 
-def _load_state(path: str, like: KVMemory, codec) -> tuple[KVMemory, Any, str]:
-  """What --save_state saved: a memory shaped and typed as `like`, the codec's state as `codec`, and the prompt."""
+def _load_state(path: str, like: KVMemory, codec) -> tuple[KVMemory, Any, str, dict]:
+  """What --save_state saved: a memory shaped and typed as `like`, the codec's state as `codec`, the prompt, and what it was
+  made by, empty where that was not told yet."""
   try:
     arrays = checkpoint.load_arrays(path)
   except UserError as e:
     raise UserError(f"--continue_state: {e}") from e
+  prompt, made = (str(arrays.pop(name, default)) for name, default in (("prompt", ""), ("made", "{}")))
   wanted = dict(vars(like)) | {"codec": codec}
-  shapes = lambda leaves: {name: str(list(x.shape)) for name, x in leaves.items() if name not in ("prompt", "made")}
+  shapes = lambda leaves: {name: str(list(x.shape)) for name, x in leaves.items()}
   named = checkpoint.named(wanted)
   wrong = checkpoint.first_difference(shapes(arrays), shapes(named))
   if wrong:
@@ -269,4 +262,4 @@ def _load_state(path: str, like: KVMemory, codec) -> tuple[KVMemory, Any, str]:
     checkpoint.placed(arrays[name].astype(x.dtype), x.sharding if x.committed else None) for name, x in named.items()
   ]
   tree = jax.tree.unflatten(jax.tree.structure(wanted), found)
-  return like.replace(**{name: tree[name] for name in vars(like)}), tree["codec"], str(arrays.get("prompt", ""))
+  return like.replace(**{name: tree[name] for name in vars(like)}), tree["codec"], prompt, json.loads(made)

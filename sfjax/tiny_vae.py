@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from sfjax import keys
 from sfjax.checkpoint import named
+from sfjax.errors import check
 from sfjax.wan_vae import Conv, at_least_float32, scan_frames
 
 
@@ -39,12 +40,11 @@ class TinyVAEConfig:
   param_dtype: str = "float32"
 
   def __post_init__(self):
-    for name, ok, want in (
+    check(
+      self,
       ("time_up", len(self.time_up) == len(self.dims) - 1, f"{len(self.dims) - 1} values, one less than dims"),
       ("dtype", self.dtype in ("float32", "bfloat16", "float64"), "float32, bfloat16 or float64"),
-    ):
-      if not ok:
-        raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
+    )
 
 
 class MemBlock(nnx.Module):

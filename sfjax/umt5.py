@@ -20,7 +20,7 @@ import tokenizers
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from sfjax.errors import UserError
+from sfjax.errors import UserError, check
 from sfjax.model import rms_norm
 
 
@@ -47,14 +47,13 @@ class UMT5Config:
   param_dtype: str = "bfloat16"
 
   def __post_init__(self):
-    for name, ok, want in (
+    check(
+      self,
       ("buckets", self.buckets >= 4 and self.buckets % 4 == 0, "a positive multiple of 4"),
       ("max_distance", self.max_distance > self.buckets // 4, f"more than {self.buckets // 4}"),
       ("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
       ("param_dtype", self.param_dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
-    ):
-      if not ok:
-        raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
+    )
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.frames import normed_frames
+from sfjax.errors import check
 
 # fmt: off
 _MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -51,14 +52,13 @@ class WanVAEConfig:
   param_dtype: str = "float32"
 
   def __post_init__(self):
-    for name, ok, want in (
+    check(
+      self,
       ("time_down", len(self.time_down) == len(self.mult) - 1, f"{len(self.mult) - 1} values, one between two of mult"),
       ("mean", len(self.mean) == self.z_dim, f"{self.z_dim} values"),
       ("std", len(self.std) == self.z_dim, f"{self.z_dim} values"),
       ("dtype", self.dtype in ("float32", "bfloat16", "float64"), "float32, bfloat16 or float64"),
-    ):
-      if not ok:
-        raise ValueError(f"{name}: {getattr(self, name)!r}; want {want}")
+    )
 
 
 def encoder_plan(cfg: WanVAEConfig) -> list[tuple]:

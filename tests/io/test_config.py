@@ -69,6 +69,10 @@ def test_locked():
     ("x = 1", "defines no get_config"),
     ("def get_config(:", "not readable Python"),
     ("def get_config(arg):\n  raise ValueError('unknown variant; accepted are a, b')", "accepted are a, b"),
+    ("import nosuchmodule", "fails: ModuleNotFoundError: No module named 'nosuchmodule'"),
+    ("def get_config(): pass", r"get_config\('v'\) fails: TypeError"),
+    ("def get_config(arg): return {}['x']", r"get_config\('v'\) fails: KeyError: 'x'"),
+    ("def get_config(arg): return {}", "get_config gives a dict; want a ConfigDict"),
   ],
 )
 def test_bad_file(tmp_path, text, message):
@@ -196,21 +200,6 @@ def test_values_out_of_range(override, message):
   key, _, value = override.partition("=")
   with pytest.raises(UserError, match=re.escape(f"config.{message}")):
     to_dataclass(Config, apply_overrides(load_config(DIGITS), {key: value}))
-
-
-@pytest.mark.parametrize(
-  "text, message",
-  [
-    ("import nosuchmodule", "fails: ModuleNotFoundError: No module named 'nosuchmodule'"),
-    ("def get_config(): pass", "get_config('') fails: TypeError"),
-    ("def get_config(arg): return {}['x']", "get_config('') fails: KeyError: 'x'"),
-    ("def get_config(arg): return {}", "get_config gives a dict; want a ConfigDict"),
-  ],
-)
-def test_config_files_that_fail(tmp_path, text, message):
-  (tmp_path / "own.py").write_text(text)
-  with pytest.raises(UserError, match=re.escape(message)):
-    load_config(str(tmp_path / "own.py"))
 
 
 def test_sinks_want_persistent_blocks():

@@ -146,7 +146,7 @@ def test_save_and_continue_equals_the_unbroken_video(folder, tmp_path):
   sample.main([*flags, "--seconds", "1.3", "--save_state", str(state)])
   sampler = Sampler(folder)
   fresh = sampler.start(["a cat"], 3)
-  memory, decoded, prompt = sample_command._load_state(str(state), fresh, sampler.parts.start(1))
+  memory, decoded, prompt, _ = sample_command._load_state(str(state), fresh, sampler.parts.start(1))
   assert prompt == "a cat"
   on, *rest = sampler.stream(memory, 12, 3, [0], decoded=decoded)
   unbroken = list(sampler.stream(fresh, 33, 3, [0]))
