@@ -242,6 +242,8 @@ def test_programs_share_out_all_work(shape, whole, pieces):
   "tiles, blocks, multiprocessors, want",
   [
     (432, 124, 132, (396, 3)),  # 36 are left over: 108 thirds in one short round
+    (468, 119, 132, (396, 3)),  # fifths and sevenths have shorter rounds, but more sums to write: measured
+    (444, 116, 132, (396, 2)),
     (40, 124, 132, (40, 1)),
     (432, 8, 132, (432, 1)),
     (432, 0, 132, (432, 1)),
