@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.dense import dense_attention
 from pallas_kernels.pbsa import BLOCK, pbsa
 from sfjax import memory as kv
 from sfjax.axes import all_chunks, own_chunks, splits_chunks, splits_heads
-from sfjax.model import ModelConfig, dense_attention
+from sfjax.model import ModelConfig
 from sfjax.rope import turn_forward
 from sfjax.routing import (
   MemoryConfig,

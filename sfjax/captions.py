@@ -119,5 +119,5 @@ def text(config: Config, captions: list[str], null: str = "") -> Text:
 
 
 def kv(model: ModelConfig, params: dict, text: Rows):
-  """Cross-attention K/V of a batch's captions, [L,B,M,N,H] twice; params: "dit" and whatever is trained beside it."""
+  """`DiT.text_kv` of a batch's captions; params: "dit" and whatever is trained beside it."""
   return rollout.text_kv(model, params["dit"], encoder_of(model).rows(params, text))

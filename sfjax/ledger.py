@@ -67,7 +67,7 @@ def memory_rows(cfg: MemoryConfig, m: KVMemory) -> dict[str, int]:
     "persistent": persistent,
     "window": slots - persistent,
     "pooled": tree_bytes(m.pooled),
-    "bookkeeping": tree_bytes((m.score, m.origin, m.chunk, m.rng)),
+    "bookkeeping": tree_bytes((m.score, m.origin, m.chunk, m.rng, m.cross_distinct)),
     "cross": tree_bytes((m.cross_k, m.cross_v)),
   }
 
@@ -77,7 +77,8 @@ def abstract_memory(config: Config, batch: int, devices: int = 1) -> KVMemory:
   model, rows = config.model, batch * (1 if config.sampler.guidance == 1 else 2)
   shape = (model.layers, rows, model.text_len, model.heads // devices, model.head_dim)
   cross = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
-  return jax.eval_shape(lambda k, v: init_memory(model, config.memory, (k, v)), cross, cross)
+  distinct = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
+  return jax.eval_shape(lambda *text_kv: init_memory(model, config.memory, text_kv), cross, cross, distinct)
 
 
 def shard_bytes(mesh: AbstractMesh, tree) -> int:

@@ -49,7 +49,7 @@ class KVMemory:
     pooled: mean keys of a block's patches, bfloat16. score: importance.
     origin: chunk * nb + tile a block came from, -1 when empty.
     chunk: the chunk to be generated next (or being generated). rng: key data for "random" importance.
-    cross_k, cross_v: keys and values of the prompt.
+    cross_k, cross_v, cross_distinct: of the prompt, see `DiT.text_kv`.
     k_scale, v_scale: of float8 slots, see `narrow`; else None.
   """
 
@@ -62,8 +62,17 @@ class KVMemory:
   rng: Array
   cross_k: Float[Array, "*L B M N H"]
   cross_v: Float[Array, "*L B M N H"]
+  cross_distinct: Int32[Array, "*L B"]
   k_scale: Float[Array, "*L B K N"] | None = None
   v_scale: Float[Array, "*L B K N"] | None = None
+
+  @property
+  def text_kv(self) -> tuple[Array, Array, Array]:
+    return self.cross_k, self.cross_v, self.cross_distinct
+
+  def with_text(self, text_kv: tuple[Array, Array, Array]) -> "KVMemory":
+    """The same memory under another prompt."""
+    return self.replace(**dict(zip(("cross_k", "cross_v", "cross_distinct"), text_kv, strict=True)))
 
 
 # How the memory of all layers is split along the mesh's axis "tensor": a device has its own heads'.
@@ -77,6 +86,7 @@ SPLIT = KVMemory(
   rng=PartitionSpec(),
   cross_k=PartitionSpec(None, None, None, "tensor"),
   cross_v=PartitionSpec(None, None, None, "tensor"),
+  cross_distinct=PartitionSpec(),
   k_scale=PartitionSpec(None, None, None, "tensor"),
   v_scale=PartitionSpec(None, None, None, "tensor"),
 )
@@ -91,8 +101,8 @@ class Commit(NamedTuple):
   score: Float[Array, "*L B N R"]
 
 
-def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Array], seed: int = 0) -> KVMemory:
-  """An empty memory for the batch of prompts whose cross-attention K/V [L,B,M,N,H] are given."""
+def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Array, Array], seed: int = 0) -> KVMemory:
+  """An empty memory for the batch of prompts whose `DiT.text_kv` is given."""
   layers, batch, _, heads, dim = text_kv[0].shape
   blocks = cfg.resident_blocks(model.layout)
   float8 = cfg.slots == "float8"
@@ -107,8 +117,7 @@ def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Arr
     origin=jnp.full((layers, batch, heads, blocks), -1, jnp.int32),
     chunk=jnp.zeros((layers,), jnp.int32),
     rng=jax.random.key_data(rng),
-    cross_k=text_kv[0],
-    cross_v=text_kv[1],
+    **dict(zip(("cross_k", "cross_v", "cross_distinct"), text_kv, strict=True)),
     k_scale=scale,
     v_scale=scale,
   )
@@ -123,7 +132,7 @@ def memory_bytes(model: ModelConfig, cfg: MemoryConfig, batch: int = 1) -> dict[
   return {
     "kv": 2 * model.layers * batch * model.heads * blocks * block + width * blocks * cfg.route_parts**2 * 2,
     "cross": 2 * width * model.text_len * size,
-    "bookkeeping": model.layers * (batch * model.heads * blocks * 8 + 4 + 8),
+    "bookkeeping": model.layers * (batch * (model.heads * blocks * 8 + 4) + 4 + 8),
   }
 
 

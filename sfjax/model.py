@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
+from pallas_kernels.few_keys import few_keys
 from sfjax import float8
 from sfjax.axes import mean, total
 from sfjax.errors import check
@@ -212,21 +213,6 @@ def rms_norm(x, weight, eps: float):
   return y * weight.astype(x.dtype)
 
 
-def dense_attention(
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B S N H"],
-  v: Float[Array, "B S N H"],
-  there: Int32[Array, "B"] | None = None,
-):
-  """Attention of every row to every key, or to the first `there` of them.
-
-  On a GPU, in 16 bit, by cuDNN, so that no score leaves the chip.
-  """
-  fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and k.shape[1] >= 64
-  how = "cudnn" if fused else "xla"
-  return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=there, implementation=how)
-
-
 class Attention(nnx.Module):
   """Projections shared by self- and cross-attention: q, k, v, o with bias, RMSNorm on the whole q and k vectors."""
 
@@ -293,7 +279,7 @@ class Block(nnx.Module):
     return y + self.importance_bias[...][:, None]
 
   def __call__(self, x, e0, turn, text_kv, attend):
-    """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv (k, v) [B,M,N,H]; attend(block, x, turn) -> (x, ...)."""
+    """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv: a layer's; attend(block, x, turn) -> (x, ...)."""
     cfg, layout = self.cfg, self.cfg.layout
     m = [layout.frame_values(a) for a in jnp.moveaxis(as_used(self.modulation, x.dtype) + e0, -2, 0)]
 
@@ -309,7 +295,7 @@ class Block(nnx.Module):
     h = layer_norm(x, cfg.eps) * as_used(self.norm3_scale, x.dtype) + as_used(self.norm3_bias, x.dtype)
     q = self.cross_attn.query(h.astype(x.dtype))
     flat = q.reshape(q.shape[0], -1, *q.shape[-2:])
-    out = dense_attention(flat, *text_kv).reshape(q.shape)
+    out = few_keys(flat, *text_kv).reshape(q.shape)
     x = added(x, self.cross_attn.out(out))
 
     # As rows alone: so GELU, and a rounding to 8 bit, join the product.
@@ -339,12 +325,19 @@ class DiT(nnx.Module):
     self.head = Linear(cfg, cfg.dim, patch_dim, rngs, nnx.initializers.zeros)
 
   def text_kv(self, text: Float[Array, "B M E"]):
-    """Cross-attention keys and values of every layer, [L,B,M,N,H] twice; rows past the text are zeros, never masked."""
+    """What cross-attention reads: keys and values of every layer [L,B,M,N,H], and how many rows of a prompt differ [L,B].
+
+    Rows past the text are zeros, never masked: the first of them is one that differs, the others are like it.
+    """
     dtype = jnp.dtype(self.cfg.dtype)
     h = jax.nn.gelu(self.text_in(text.astype(dtype)), approximate=True)
     h = self.text_out(h.astype(dtype)).astype(dtype)
     graph, stacked = nnx.split(self.blocks)
-    return jax.lax.map(lambda p: nnx.merge(graph, p).cross_attn.key_value(h), stacked)
+    k, v = jax.lax.map(lambda p: nnx.merge(graph, p).cross_attn.key_value(h), stacked)
+    row = jnp.arange(text.shape[1])
+    last = jnp.where((text != 0).any(-1), row, -1).max(-1)
+    distinct = jnp.minimum(last + 2, text.shape[1]).astype(jnp.int32)
+    return k, v, jnp.broadcast_to(distinct, (self.cfg.layers, *distinct.shape))
 
   def log_importance(self, content: Float[Array, "L B K N H"]) -> Float[Array, "L B N K"]:
     """`Block.log_importance` of every layer."""
@@ -356,7 +349,7 @@ class DiT(nnx.Module):
     x: Float[Array, "B G F h w C"],
     t: Float[Array, "B G F"],
     chunk: Float[Array, "G"],
-    text_kv: tuple[Array, Array],
+    text_kv: tuple[Array, Array, Array],
     attend: Callable[..., tuple[Array, Any, Any]],
     layer_inputs: Any = None,
     carry: Any = None,
@@ -374,6 +367,29 @@ class DiT(nnx.Module):
     Returns:
       The prediction [B,G,F,h,w,C] in float32, the carry after the last layer, and aux stacked over layers.
     """
+    h, e, layer, inputs = self._entered(x, t, chunk, text_kv, attend, layer_inputs)
+    (h, carry), aux = jax.lax.scan(layer, (h, carry), inputs)
+
+    cfg, layout = self.cfg, self.cfg.layout
+    shift, scale = (
+      layout.frame_values(a)
+      for a in jnp.moveaxis(as_used(self.head_modulation, jnp.dtype(cfg.dtype)) + e[..., None, :], -2, 0)
+    )
+    h = self.head(modulated(layout, h, shift, scale, cfg.eps))
+    out = unpatchify(layout.from_tiles(h), cfg.patch, x.shape)
+    return out, carry, aux
+
+  def attended(self, x, t, chunk, text_kv, attend, layer_inputs=None, carry=None):
+    """The carry and aux of `__call__` for a pass whose prediction nobody wants: it ends with the last layer's attention."""
+    h, _, layer, inputs = self._entered(x, t, chunk, text_kv, attend, layer_inputs)
+    at = lambda i: jax.tree.map(lambda x: x[i], inputs)
+    last = self.cfg.layers - 1
+    (h, carry), aux = jax.lax.scan(lambda state, i: layer(state, at(i)), (h, carry), jnp.arange(last))
+    (_, carry), end = layer((h, carry), at(last))  # what of it nobody reads is not compiled
+    return carry, jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), aux, end)
+
+  def _entered(self, x, t, chunk, text_kv, attend, layer_inputs):
+    """A pass up to its layers: rows h [B,G,T,D], the time e [B,G,F,D], the function of a layer for a scan, and its inputs."""
     cfg, layout = self.cfg, self.cfg.layout
     dtype = jnp.dtype(cfg.dtype)
     freqs = 10000.0 ** (-np.arange(cfg.freq_dim // 2) / (cfg.freq_dim // 2))
@@ -398,14 +414,7 @@ class DiT(nnx.Module):
       h, carry, aux = block(h, e0, turn, kv, lambda b, *x: attend(b, carry, extra, *x))
       return (h, carry), aux
 
-    (h, carry), aux = jax.lax.scan(_remat(layer, cfg.remat), (h, carry), (stacked, text_kv, layer_inputs))
-
-    shift, scale = (
-      layout.frame_values(a) for a in jnp.moveaxis(as_used(self.head_modulation, dtype) + e[..., None, :], -2, 0)
-    )
-    h = self.head(modulated(layout, h, shift, scale, cfg.eps))
-    out = unpatchify(layout.from_tiles(h), cfg.patch, x.shape)
-    return out, carry, aux
+    return h, e, _remat(layer, cfg.remat), (stacked, text_kv, layer_inputs)
 
 
 def _pack_vectors(stacked, dtype):

@@ -41,6 +41,11 @@ def apply(model: ModelConfig, params, *args):
   return _module(model, params)(*args)
 
 
+def attended(model: ModelConfig, params, *args):
+  """`DiT.attended`, likewise."""
+  return _module(model, params).attended(*args)
+
+
 def abstract_params(model: ModelConfig) -> dict:
   """Shapes and dtypes of the parameters as a pure dict."""
   plain = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # whatever mesh was set when the cached ones were found
@@ -66,7 +71,7 @@ def start(
 
 
 def text_kv(model: ModelConfig, params, text: Float[Array, "B M E"]):
-  """Cross-attention K/V of every layer, [L,B,M,N,H] twice."""
+  """`DiT.text_kv` as a function of its parameters."""
   return _module(model, params).text_kv(text)
 
 
@@ -87,13 +92,13 @@ def _first_noise(model: ModelConfig, keys: Array) -> Float[Array, "B F h w C"]:
   return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
 
 
-def _forward(
-  model, cfg, params, memory: kv.KVMemory, x, sigma, commit: bool, in_place=False, prefix_k=None, keep=False, lists=None
-):
-  """One pass of one chunk over the memory; x [rows,F,h,w,C]. Returns (output, memory, (read, update)).
+def _pass(
+  model, cfg, memory: kv.KVMemory, x, sigma, commit: bool, in_place=False, prefix_k=None, keep=False, lists=None
+) -> tuple:
+  """The arguments of `apply` and `attended` for a pass of one chunk over the memory; x [rows,F,h,w,C].
 
-  in_place: the pass writes the chunk's keys and values into the memory; else the memory returns as it was.
-  prefix_k, keep, lists, and read and update: see `cached_attention`.
+  in_place: the carry is the memory's slots, and gets the chunk's keys and values; else the memory stays as it is.
+  prefix_k, keep, lists, and the aux (read, update): see `cached_attention`.
 
   Raises:
     NotImplementedError: a memory of float8 slots not in place: they carry no gradient.
@@ -102,18 +107,21 @@ def _forward(
     raise NotImplementedError("in_place: False for float8 slots, which carry no gradient; want True")
   slots = kv.slots_of(memory) if in_place else None
   layer_inputs = memory.replace(**dict.fromkeys(slots)) if in_place else memory
-  out, slots, aux = apply(
-    model,
-    params,
+  return (
     x[:, None],
     sigma[:, None] * TIMESTEPS,
     memory.chunk[:1],
-    (memory.cross_k, memory.cross_v),
+    memory.text_kv,
     cached_attention(model, cfg, commit, prefix_k, keep),
     (layer_inputs, jnp.arange(model.layers) if in_place else None, lists),
     slots,
   )
-  return out[:, 0], memory.replace(**slots) if in_place else memory, aux
+
+
+def _forward(model, cfg, params, memory: kv.KVMemory, x, sigma, commit: bool, **how):
+  """One pass of one chunk, see `_pass`: (output, memory, (read, update))."""
+  out, slots, aux = apply(model, params, *_pass(model, cfg, memory, x, sigma, commit, **how))
+  return out[:, 0], memory.replace(**slots or {}), aux
 
 
 def commit(
@@ -127,12 +135,12 @@ def commit(
 ) -> kv.KVMemory:
   """The pass over a begun chunk that gives final K/V and new scores. Under guidance both rows get the same latents.
 
-  sigma: the latents' noise; clean by default. how: `in_place` and `prefix_k`, see `_forward`.
+  sigma: the latents' noise; clean by default. how: `in_place` and `prefix_k`, see `_pass`.
   """
   sigma = jnp.zeros(x.shape[:2]) if sigma is None else sigma
   x, sigma = (jnp.concatenate([a] * (memory.k.shape[1] // a.shape[0])) for a in (x, sigma))
-  _, memory, (_, update) = _forward(model, cfg, params, memory, x, sigma, True, **how)
-  return kv.per_layer(kv.commit_chunk, model, cfg, memory, update)
+  slots, (_, update) = attended(model, params, *_pass(model, cfg, memory, x, sigma, True, **how))
+  return kv.per_layer(kv.commit_chunk, model, cfg, memory.replace(**slots or {}), update)
 
 
 def append_chunk(model: ModelConfig, cfg: MemoryConfig, params, memory: kv.KVMemory, x0, in_place=False) -> kv.KVMemory:
@@ -374,7 +382,7 @@ def self_forcing(
     x,
     sigma * TIMESTEPS,
     numbers,
-    (memory.cross_k, memory.cross_v),
+    memory.text_kv,
     replayed_attention(model, cfg, first, cache_gradient == "straight_through", beginning and beginning.given(numbers)),
     Replay(before.k, before.v, before.origin, k, v, origins, read.ids, read.counts),
   )
@@ -438,6 +446,4 @@ class Compiled:
   @functools.cached_property
   def prompt(self):
     """(params, text, null_text) -> `prompt_kv`."""
-    return self._jit(
-      functools.partial(prompt_kv, self.model), [PartitionSpec()] * 2, (kv.SPLIT.cross_k, kv.SPLIT.cross_v)
-    )
+    return self._jit(functools.partial(prompt_kv, self.model), [PartitionSpec()] * 2, kv.SPLIT.text_kv)

@@ -146,7 +146,7 @@ def run(argv: list[str]) -> None:
     if a.seed is None:
       seed = made.get("seed", 0)
     if any(a.texts.values()):  # another prompt, or the same one again
-      state = state.replace(cross_k=fresh.cross_k, cross_v=fresh.cross_v)
+      state = state.with_text(fresh.text_kv)
     else:
       a.prompts = [told]
   done = int(state.chunk[0]) if state else 0

@@ -113,8 +113,7 @@ class Sampler:
   def set_prompt(self, memory: KVMemory, prompts: list[str]) -> KVMemory:
     """Another prompt from the next chunk on."""
     text, null = self.text(prompts)
-    k, v = self.programs.prompt(self.parts.dit, text, null)
-    return memory.replace(cross_k=k, cross_v=v)
+    return memory.with_text(self.programs.prompt(self.parts.dit, text, null))
 
   def stream(
     self,

@@ -189,8 +189,8 @@ def student_rollout(
 ):
   """`silent` chunks without gradient, then as many as the teacher judges: (latents [B,T,h,w,C], `rollout.Looks`)."""
   model, cfg, sampler = config.model, config.memory, config.sampler
-  k, v = captions.kv(model, params, prompt)
-  memory, fixed = jax.lax.stop_gradient((init_memory(model, cfg, (k, v), config.train.seed), params["dit"]))
+  text_kv = captions.kv(model, params, prompt)
+  memory, fixed = jax.lax.stop_gradient((init_memory(model, cfg, text_kv, config.train.seed), params["dit"]))
   quiet, fixed = rollout.for_compute(model, fixed)
   beginning = start and start.encoded(model)
   silently = functools.partial(rollout.rollout_chunk, in_place=True, beginning=beginning)
@@ -201,7 +201,7 @@ def student_rollout(
     cfg,
     sampler,
     params["dit"],
-    memory.replace(cross_k=k, cross_v=v),
+    memory.with_text(text_kv),
     key,
     samples,
     judged_chunks(config),

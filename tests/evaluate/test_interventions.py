@@ -26,7 +26,9 @@ BLOCK = 64
 def memory(request):
   rng = np.random.default_rng(0)
   text = jnp.zeros((2, 4, 3, 2, 32))
-  m = kv.init_memory(MODEL, dataclasses.replace(CFG, slots=request.param), (text, text))
+  m = kv.init_memory(
+    MODEL, dataclasses.replace(CFG, slots=request.param), (text, text, jnp.ones(text.shape[:2], jnp.int32))
+  )
   draw = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
   origin = jnp.asarray(rng.integers(0, 16, m.origin.shape), jnp.int32)
   slots = jax.tree.map(draw, kv.slots_of(m))
@@ -37,7 +39,7 @@ def test_emptying_leaves_the_window_and_what_it_reads(memory):
   cfg, emptied = without_persistent(
     dataclasses.replace(CFG, slots="model" if memory.k_scale is None else "float8"), memory
   )
-  fresh = kv.init_memory(MODEL, cfg, (memory.cross_k, memory.cross_v))
+  fresh = kv.init_memory(MODEL, cfg, memory.text_kv)
   assert jax.tree.map(jnp.shape, emptied) == jax.tree.map(jnp.shape, fresh)
   np.testing.assert_array_equal(emptied.k, memory.k[:, :, CFG.persistent * BLOCK :])
   np.testing.assert_array_equal(emptied.origin, memory.origin[..., CFG.persistent :])

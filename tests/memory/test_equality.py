@@ -100,7 +100,7 @@ def test_cached_rollout_equals_one_parallel_forward(name, shape):
   t = jnp.concatenate([jnp.zeros_like(sigma)[:, :given], sigma], 1) * 1000
   attend = parallel_attention(model, cfg, CHUNKS)
   out_p, _, plan = jax.jit(
-    lambda x: rollout.apply(model, params, x, t, chunk, (m.cross_k, m.cross_v), attend, m.rng)
+    lambda x: rollout.apply(model, params, x, t, chunk, m.text_kv, attend, m.rng)
   )(jnp.concatenate([clean[:, :given], noisy], 1))  # fmt: skip
 
   np.testing.assert_array_equal(persistent_c, np.asarray(plan.persistent))

@@ -59,7 +59,7 @@ def test_memory_bytes_is_exact(model, cfg, batch):
   assert kv.memory_bytes(model, cfg, batch) == {
     "kv": nbytes(*jax.tree.leaves(kv.slots_of(m)), m.pooled),
     "cross": nbytes(m.cross_k, m.cross_v),
-    "bookkeeping": nbytes(m.score, m.origin, m.chunk, m.rng),
+    "bookkeeping": nbytes(m.score, m.origin, m.chunk, m.rng, m.cross_distinct),
   }
   assert sum(kv.memory_bytes(model, cfg, batch).values()) == nbytes(*jax.tree.leaves(m))
 
@@ -72,7 +72,9 @@ def test_float8_slots_take_half_of_16_bit():
 
 def test_default_memory_of_1_3b_is_42_percent_below_dense():
   assert SPARSE.resident_blocks(WAN.layout) == 294
-  m = jax.eval_shape(lambda t: kv.init_memory(WAN, SPARSE, (t, t)), jnp.zeros((30, 1, 1, 12, 128), jnp.bfloat16))
+  m = jax.eval_shape(
+    lambda t: kv.init_memory(WAN, SPARSE, (t, t, t[..., 0, 0, 0])), jnp.zeros((30, 1, 1, 12, 128), jnp.bfloat16)
+  )
   assert m.k.shape[2] == 18_816
   kept = kv.memory_bytes(WAN, SPARSE)["kv"]
   assert kept <= 0.58 * kv.memory_bytes(WAN, MemoryConfig(window=7))["kv"]
@@ -307,7 +309,7 @@ def test_a_long_rollout_of_random_scores(cfg):
   layout, heads, chunks = model.layout, model.heads, 40
   nb, c, rng = layout.blocks, cfg.persistent, np.random.default_rng(4)
   text = jnp.zeros((1, 1, model.text_len, heads, model.head_dim))
-  m = jax.tree.map(lambda x: x[0], kv.init_memory(model, cfg, (text, text)))
+  m = jax.tree.map(lambda x: x[0], kv.init_memory(model, cfg, (text, text, jnp.ones(text.shape[:2], jnp.int32))))
 
   @jax.jit
   def one(m, score):

@@ -101,7 +101,17 @@ def by_hand(sampler, params, memory):
   for i, sigma in enumerate(sampler.sigmas[:-1]):
     sigma = jnp.full(x.shape[:2], sigma)
     out, memory, (read, _) = rollout._forward(
-      MODEL, MEMORY, params, memory, twice(x), twice(sigma), False, True, prefix, keep=True, lists=lists
+      MODEL,
+      MEMORY,
+      params,
+      memory,
+      twice(x),
+      twice(sigma),
+      False,
+      in_place=True,
+      prefix_k=prefix,
+      keep=True,
+      lists=lists,
     )
     if sampler.routing == "chunk":
       lists = lists or (read.ids, read.counts)

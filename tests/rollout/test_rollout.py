@@ -122,7 +122,7 @@ def test_one_scan_equals_chunk_by_chunk(programs, params, text):
 def test_another_prompt_from_the_next_chunk_on(programs, params, text):
   _, memory = play(programs, params, programs.start(params, text[:2], 0, None), KEY, [0, 1], 1)
   prompts = [programs.prompt(params, rows, None) for rows in (text[1:], text[:2])]
-  changed, same = (snapshot(memory).replace(cross_k=k, cross_v=v) for k, v in prompts)
+  changed, same = (snapshot(memory).with_text(x) for x in prompts)
   np.testing.assert_array_equal(changed.k, memory.k)
   kept, changed, same = (play(programs, params, m, KEY, [0, 1], 1)[0] for m in (memory, changed, same))
   assert distance(changed, kept) > FAR and distance(same, kept) <= 1e-5
