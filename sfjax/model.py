@@ -113,7 +113,7 @@ class ModelConfig:
     """Wan2.1-T2V-1.3B at 832x480."""
     defaults = dict(
       dim=1536, layers=30, heads=12, ffn_dim=8960, text_dim=4096, text_len=512, latent_channels=16,
-      latent_size=(60, 104), tile=(3, 5, 4),
+      latent_size=(60, 104), tile=(3, 5, 1), block_tokens=64,
     )  # fmt: skip
     return cls(**{**defaults, **kw})
 
