@@ -124,7 +124,9 @@ def pbsa(
       out, lse = mosaic_sm90.pbsa_mosaic(call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks, layer)
       return (out, lse) if return_lse else out
   if implementation in (None, "cudnn"):
-    reason = cudnn.unsupported(device, q, block_ids, prefix_blocks, prefix_k, kv_short, layer, kv_grad_range, return_lse)
+    reason = cudnn.unsupported(
+      device, q, block_ids, prefix_blocks, prefix_k, kv_short, layer, kv_grad_range, return_lse
+    )
     if implementation and reason:
       raise NotImplementedError(reason)
     if reason is None:

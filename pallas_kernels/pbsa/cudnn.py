@@ -17,7 +17,9 @@ from pallas_kernels.pbsa.lists import BLOCK, TILE
 _FUSED = "cudnn"  # of jax.nn.dot_product_attention
 
 
-def unsupported(device, q, block_ids, prefix_blocks, prefix_k, kv_short, layer, kv_grad_range, return_lse) -> str | None:
+def unsupported(
+  device, q, block_ids, prefix_blocks, prefix_k, kv_short, layer, kv_grad_range, return_lse
+) -> str | None:
   """Why this implementation cannot serve a call, or None."""
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"q: dtype {q.dtype}; cudnn wants bfloat16 or float16"

@@ -1,8 +1,9 @@
 """What the Hopper kernels share: matrix products, a ring of shared-memory slots, and the walk over a tile's blocks.
 
 A program has three warpgroups. Two compute, each on 64 of a tile's 128 rows; the third only starts copies, so that the
-next operands land in a ring of slots while the others multiply. It alone reads block ids, unless some blocks are short: to
-the two that compute, a gathered block looks like any other. The same code runs on CPU in jax's GPU interpreter, but for `accumulate`.
+next operands land in a ring of slots while the others multiply. It alone reads block ids: to the two that compute, a
+gathered block looks like any other; unless some are short, when they read the ids, too. The same code runs on CPU in jax's
+GPU interpreter, but for `accumulate`.
 
 Letters: B batch, T query rows, S key slots, N heads, H head dim, Q query tiles, K key blocks, J slots loaded of a block,
 W blocks per step.

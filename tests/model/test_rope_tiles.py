@@ -78,7 +78,8 @@ LAYOUTS = [
   BlockLayout((3, 3, 5), (1, 3, 5)),
   BlockLayout((3, 30, 52), (3, 5, 4)),
 ]
-PACKED = [  # an even number of blocks, an odd one, none short, two tiles of frames with rows of either parity, one short block alone
+# An even number of blocks, an odd one, none short, two tiles of frames with rows of either parity, a short block alone.
+PACKED = [
   BlockLayout((3, 30, 52), (3, 5, 1), 64),
   BlockLayout((3, 3, 5), (3, 1, 1), 10),
   BlockLayout((3, 4, 4), (3, 2, 1), 12),

@@ -29,7 +29,8 @@ def test_prefix_and_lists(prefix, form):
   own = None if form == "int" else k[:, : pk.shape[1]] if form == "traced" else pk
   blocks = prefix if form == "int" else jnp.int32(prefix)
   call = jax.jit(
-    lambda p: cudnn.pbsa_cudnn(q, k, v, ids, counts, p, own, 48, None, 0.25), static_argnums=() if own is not None else 0
+    lambda p: cudnn.pbsa_cudnn(q, k, v, ids, counts, p, own, 48, None, 0.25),
+    static_argnums=() if own is not None else 0,
   )
   want = oracle(q, k, v, ids, counts, prefix_blocks=prefix, prefix_k=own, kv_valid=48, scale=0.25)[0]
   np.testing.assert_allclose(call(blocks), want, atol=2e-5)  # as in test_xla: a few hundred ulp at worst
