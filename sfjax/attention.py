@@ -422,4 +422,5 @@ def importance_loss(
   target = checkpoint_name(jax.lax.stop_gradient(jnp.log(best + 1e-3)), "plan")
   weight = (may_stay & (chunk_of_key < n - later)).astype(jnp.float32)
   error = (predicted[..., :read] - target) ** 2
-  return (weight * error).sum() / (weight.sum() * error.shape[0] * error.shape[1])
+  count = jnp.maximum(weight.sum(), 1)  # a chunk may be too small for a whole block
+  return (weight * error).sum() / (count * error.shape[0] * error.shape[1])

@@ -9,8 +9,10 @@ BLOCK = 64  # key slots in a block
 TILE = 128  # query rows in a tile: two neighbouring blocks
 
 
-def valid_slots(blocks, kv_valid: int, kv_short: tuple[range, int] | None):
-  """How many slots of each block hold a token; blocks: an int, or an int32 array of whatever shape, see `api.pbsa`."""
+def valid_slots(
+  blocks: Int32[Array, "*K"], kv_valid: int, kv_short: tuple[range, int] | None
+) -> int | Int32[Array, "*K"]:
+  """How many slots of each block hold a token, by `api.pbsa`'s kv_valid and kv_short; one number where it is that of all."""
   if kv_short is None:
     return kv_valid
   short, few = kv_short
