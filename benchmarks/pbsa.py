@@ -48,8 +48,8 @@ class Shape:
 
   Attributes:
     blocks: key blocks; prefix: how many of them every tile reads; listed: how many more a tile reads on average.
-    valid: slots of a block that hold a token.
-    model, memory: whose routing is timed, too.
+    valid: slots of a block that hold a token, unless it is short.
+    model, memory: whose routing is timed, too, and whose chunks may end with a short block.
   """
 
   batch: int
@@ -68,9 +68,25 @@ class Shape:
     return self.tiles * TILE
 
   @property
+  def kv_short(self) -> tuple[range, int] | None:
+    return self.model and self.model.layout.short_blocks(self.memory.window, self.memory.persistent)
+
+  @property
+  def sizes(self) -> Int32[np.ndarray, " K"]:
+    """Valid slots of each block."""
+    sizes, (short, few) = np.full(self.blocks, self.valid, np.int32), self.kv_short or ((), 0)
+    sizes[list(short)] = few
+    return sizes
+
+  @property
+  def keys(self) -> float:
+    """How many a row reads on average, of random lists."""
+    return float(self.prefix * self.valid + self.listed * self.sizes[self.prefix :].mean())
+
+  @property
   def pairs(self) -> int:
     """Query rows times the keys they read, summed over heads."""
-    return self.batch * self.heads * self.rows * (self.prefix + self.listed) * self.valid
+    return round(self.batch * self.heads * self.rows * self.keys)
 
   @property
   def q(self) -> tuple[int, int, int, int]:
@@ -103,12 +119,14 @@ def training_shape(model: ModelConfig, memory: MemoryConfig, batch: int, chunks:
 
 
 MEMORY = MemoryConfig(window=3, persistent=60, top_k=0.25)
+TILES = dict(tile=(3, 5, 4), block_tokens=0)  # a block is a tile, 60 of 64 slots, as in all records
 SHAPES = {
-  "production": rollout_shape(ModelConfig.wan_1_3b(), MEMORY),
+  "production": rollout_shape(ModelConfig.wan_1_3b(**TILES), MEMORY),
+  "packed": rollout_shape(ModelConfig.wan_1_3b(), MEMORY),
   "paper 6.25%": paper_shape(65536, 0.0625),
   "paper 12.5%": paper_shape(65536, 0.125),
   "paper 25%": paper_shape(65536, 0.25),
-  "14B": rollout_shape(ModelConfig.wan_14b(), MEMORY),
+  "14B": rollout_shape(ModelConfig.wan_14b(**TILES), MEMORY),
   "digits": training_shape(ModelConfig.digits(), MemoryConfig(window=2, persistent=16, top_k=0.25), 12, 13),
   "long": paper_shape(262144, 0.0625),
   "tiny": rollout_shape(
@@ -184,8 +202,8 @@ def pbsa_group(shape: Shape, p: Problem, implementation: str) -> Group:
   """One implementation of pbsa."""
 
   def attend(q, k, v, ids, counts):
-    more = dict(prefix_blocks=shape.prefix, kv_valid=shape.valid, implementation=implementation)
-    return pbsa(q, k, v, ids, counts, **more)
+    more = dict(prefix_blocks=shape.prefix, kv_valid=shape.valid, kv_short=shape.kv_short)
+    return pbsa(q, k, v, ids, counts, implementation=implementation, **more)
 
   lists = jnp.asarray(p.ids), jnp.asarray(p.counts)
   host = lambda out: np.asarray(out, np.float32)
@@ -300,14 +318,15 @@ def block_mask(shape: Shape, p: Problem, tensor) -> Any:
   """FlexAttention's BlockMask of the very lists. Where blocks hold no padding, none needs a mask inside."""
   from torch.nn.attention.flex_attention import BlockMask
 
-  valid = shape.valid
+  sizes = tensor(shape.sizes)
+  valid = lambda slot: shape.valid if shape.kv_short is None else sizes[slot // BLOCK]
   counts, ids = p.read.sum(-1), np.argsort(~p.read, -1, kind="stable")  # it wants every block in every list
-  partial, full = (0 * counts, counts) if valid == BLOCK else (counts, 0 * counts)
+  partial, full = (0 * counts, counts) if (shape.sizes == BLOCK).all() else (counts, 0 * counts)
   # The list of ids goes in as two tensors: compiled, one that plays two parts loses one of its names.
   return BlockMask.from_kv_blocks(
     *(tensor(a.astype(np.int32)) for a in (partial, ids, full, ids)),
     BLOCK_SIZE=(TILE, BLOCK),
-    mask_mod=lambda batch, head, row, slot: slot % BLOCK < valid,
+    mask_mod=lambda batch, head, row, slot: slot % BLOCK < valid(slot),
     seq_lengths=(shape.rows, shape.blocks * BLOCK),
   )
 
@@ -344,7 +363,7 @@ def vsa_group(shape: Shape, p: Problem, folder: str | None) -> Group:
   ids = np.argsort(~p.read, -1, kind="stable")[..., : counts.max()]
   tensor = lambda a: torch.from_numpy(a.astype(np.int32)).to(x[0].device)
   by_block = [tensor(np.repeat(a, TILE // BLOCK, 2)) for a in (ids, counts)]
-  sizes = tensor(np.full(shape.blocks, shape.valid))
+  sizes = tensor(shape.sizes)
   attend = lambda q, k, v: kernel.triton_block_sparse_attn_forward(q, k, v, *by_block, sizes)[0]
   group = torch_group(torch, shape, attend, x, None, shape.pairs)
   return group._replace(prepare={"forward": group.prepare["forward"]})
@@ -352,8 +371,8 @@ def vsa_group(shape: Shape, p: Problem, folder: str | None) -> Group:
 
 def groups(shape: Shape, p: Problem, fastvideo: str | None) -> dict[str, Callable[[], Group]]:
   """Everything that attends, by name."""
-  equal = max(1, round((shape.prefix + shape.listed) * shape.valid / BLOCK)) * BLOCK  # keys
-  every = shape.tiles * 2 * shape.valid, shape.blocks * shape.valid  # rows and keys without padding
+  equal = max(1, round(shape.keys / BLOCK)) * BLOCK  # keys
+  every = int(shape.sizes[-2 * shape.tiles :].sum()), int(shape.sizes.sum())  # rows and keys without padding
   made = {f"pbsa {i}": functools.partial(pbsa_group, shape, p, i) for i in IMPLEMENTATIONS}
   return made | {
     "dense cudnn, equal keys": lambda: dense_group(shape, p, shape.rows, equal),
@@ -387,7 +406,7 @@ def group_rows(make: Callable[[], Group], shape: Shape, runs: int, want: list):
     row["flops"] = round(4 * group.pairs * shape.head_dim * flops)
     row["bytes"] = round(4 * shape.batch * shape.heads * shape.head_dim * (group.rows + group.keys) * moved)
     if group.host:  # a block-sparse kernel: it multiplies whole blocks
-      row["slot_flops"] = row["flops"] * BLOCK // shape.valid
+      row["slot_flops"] = round(row["flops"] * BLOCK * (shape.prefix + shape.listed) / shape.keys)
     try:
       call = prepare()
       row |= timed(call, group.wait, runs)

@@ -71,7 +71,8 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       ids = jnp.zeros((q.shape[0], q.shape[2], layout.blocks // 2, 0), jnp.int32)
       counts = jnp.zeros(ids.shape[:3], jnp.int32)
       prefix = jnp.minimum(m.chunk + 1, cfg.window) * layout.blocks
-    out = pbsa(q, m.k, m.v, ids, counts, prefix_blocks=prefix, prefix_k=keys, kv_valid=layout.valid, layer=layer)
+    holes = dict(kv_valid=layout.valid, kv_short=layout.short_blocks(cfg.window, cfg.persistent))
+    out = pbsa(q, m.k, m.v, ids, counts, prefix_blocks=prefix, prefix_k=keys, layer=layer, **holes)
     read, update = Read(q_pooled, ids, counts) if keep else None, None
     if commit:
       nb = layout.blocks
@@ -191,9 +192,8 @@ def replayed_attention(
     longest = cfg.full_k(layout) + c  # P and its unused budget share so many entries
     ids = jnp.sort(ids, -1)[..., :longest].astype(jnp.int32)
     rows = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, heads, -1, *x.shape[4:])
-    out = pbsa(
-      flat(q), jnp.concatenate(keys, 1), jnp.concatenate(values, 1), rows(ids), rows(counts), kv_valid=layout.valid
-    )
+    holes = dict(kv_valid=layout.valid, kv_short=layout.short_blocks(cfg.window + 2 * n, c))
+    out = pbsa(flat(q), jnp.concatenate(keys, 1), jnp.concatenate(values, 1), rows(ids), rows(counts), **holes)
     out = layout.unpack(block.self_attn.out(out.reshape(q.shape)))
     return out, carry, None
 
@@ -258,6 +258,7 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
     plan = _plan(model, cfg, n, block.log_importance, content, q_pooled, k_pooled, rng, segments=turning)
     flat = lambda x: x.reshape(b, -1, heads, dim)
     keys, values = flat(joined(k)), flat(joined(v))
+    holes = dict(kv_valid=layout.valid, kv_short=layout.short_blocks(keys.shape[1] // layout.slots))
     if turning:  # each chunk's P as its own segment: its keys turn by the chunk's own ages
       delta = capped_turn(cfg, (jnp.arange(n)[:, None, None] - plan.persistent // nb) * model.chunk_frames)  # [B,n,N,C]
       source = jnp.maximum(plan.persistent, 0).transpose(0, 1, 3, 2).reshape(b, n * c, 1, heads, 1)
@@ -265,7 +266,7 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
       delta = jnp.repeat(delta.transpose(0, 1, 3, 2).reshape(b, n * c, heads), BLOCK, 1)
       keys = jnp.concatenate([keys, turn_forward(gather(keys), delta)], 1)
       values = jnp.concatenate([values, gather(values)], 1)
-    out = pbsa(flat(q), keys, values, own(plan.ids), own(plan.counts), kv_valid=layout.valid)
+    out = pbsa(flat(q), keys, values, own(plan.ids), own(plan.counts), **holes)
     out = layout.unpack(block.self_attn.out(out.reshape(b, streams, layout.slots, heads, dim)))
     return out, carry, plan._replace(importance_loss=loss)
 
@@ -410,7 +411,7 @@ def importance_loss(
   read = (n - 1) * nb  # nobody reads the last chunk later
   k = k_clean[:, : n - 1].reshape(q_noisy.shape[0], read, *k_clean.shape[3:])
   chunk_of_key = jnp.repeat(jnp.arange(n - 1), nb)
-  real = jnp.tile(jnp.arange(nb) < layout.full_blocks, n - 1)
+  real, may_stay = (jnp.tile(jnp.arange(nb) < held, n - 1) for held in (layout.full_blocks, layout.whole_blocks))
 
   def reads(best, xs):
     t, q = xs
@@ -420,6 +421,7 @@ def importance_loss(
   start = jnp.zeros(predicted.shape[:2] + (read,), jnp.float32)
   best, _ = jax.lax.scan(reads, start, (jnp.arange(1, n), jnp.moveaxis(q_noisy[:, 1:], 1, 0)))
   target = checkpoint_name(jax.lax.stop_gradient(jnp.log(best + 1e-3)), "plan")
-  weight = (real & (chunk_of_key < n - later)).astype(jnp.float32)
+  weight = (may_stay & (chunk_of_key < n - later)).astype(jnp.float32)
   error = (predicted[..., :read] - target) ** 2
-  return (weight * error).sum() / (weight.sum() * error.shape[0] * error.shape[1])
+  count = jnp.maximum(weight.sum(), 1)  # a chunk may be too small for a whole block
+  return (weight * error).sum() / (count * error.shape[0] * error.shape[1])

@@ -236,6 +236,8 @@ class Config:
     if self.memory.importance == "learned" and not self.model.importance_head:
       raise ValueError("memory.importance: 'learned'; want another with a model without model.importance_head")
     parts, (_, rows, columns) = self.memory.route_parts, self.model.tile
+    if parts > 1 and self.model.block_tokens:
+      raise ValueError(f"memory.route_parts: {parts}; want 1 with model.block_tokens {self.model.block_tokens}")
     if rows % parts or columns % parts:
       raise ValueError(
         f"memory.route_parts: {parts}; want a divisor of the rows and columns of model.tile {self.model.tile}"

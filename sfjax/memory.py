@@ -229,7 +229,7 @@ def begin_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> KVMemory:
   first = ring_block(model, cfg, m.chunk)
   if c:
     order = _resident(model, cfg, m.chunk - 1)
-    content = block_content(widen(model, m.v, m.v_scale), model.layout)[:, order]
+    content = block_content(widen(model, m.v, m.v_scale), model.layout, kept=c)[:, order]
     score = eviction_scores(cfg, model.layout, m.score[:, :, order], m.origin[:, :, order], content)
     candidates = order[: c + nb]
     index = select_persistent(cfg, model.layout, score, m.origin[:, :, candidates])

@@ -32,7 +32,7 @@ class ModelConfig:
   """Sizes and numerics of the DiT.
 
   Attributes:
-    chunk_frames: latent frames denoised together. tile: tokens of a block, see `BlockLayout`.
+    chunk_frames: latent frames denoised together. tile, block_tokens: how tokens lie in blocks, see `BlockLayout`.
     latent_size: rows and columns of a latent frame (before the 2x2 patch).
     prediction: what the network's output means, "flow" (Wan: noise - x0) or "x0".
     importance_head: one linear map per layer and head on a block's mean values (learned importance); absent from Wan's weights.
@@ -50,6 +50,7 @@ class ModelConfig:
   latent_channels: int
   latent_size: tuple[int, int]
   tile: tuple[int, int, int]
+  block_tokens: int = 0
   chunk_frames: int = 3
   freq_dim: int = 256
   patch: tuple[int, int] = (2, 2)
@@ -97,7 +98,7 @@ class ModelConfig:
     (h, w), (ph, pw) = self.latent_size, self.patch
     if h % ph or w % pw:
       raise ValueError(f"latent_size: {self.latent_size} is not a multiple of the patch {self.patch}")
-    return BlockLayout((self.chunk_frames, h // ph, w // pw), self.tile)
+    return BlockLayout((self.chunk_frames, h // ph, w // pw), self.tile, self.block_tokens)
 
   @classmethod
   def digits(cls, **kw) -> "ModelConfig":
@@ -113,7 +114,7 @@ class ModelConfig:
     """Wan2.1-T2V-1.3B at 832x480."""
     defaults = dict(
       dim=1536, layers=30, heads=12, ffn_dim=8960, text_dim=4096, text_len=512, latent_channels=16,
-      latent_size=(60, 104), tile=(3, 5, 4),
+      latent_size=(60, 104), tile=(3, 5, 1), block_tokens=64,
     )  # fmt: skip
     return cls(**{**defaults, **kw})
 

@@ -102,14 +102,18 @@ class MemoryConfig:
     return min(self.window * layout.full_blocks, self.full_k(layout) + self.persistent)
 
   def persistent_count(self, layout: BlockLayout, chunk):
-    """|P| while chunk is generated: as many as were evicted, at most C. chunk: int or int32 scalar."""
+    """|P| while chunk is generated: as many as were evicted whole, at most C. chunk: int or int32 scalar."""
     evicted = (jnp.maximum if isinstance(chunk, jax.Array) else max)(chunk - self.window + 1, 0)
-    return (jnp.minimum if isinstance(chunk, jax.Array) else min)(self.persistent, evicted * layout.full_blocks)
+    return (jnp.minimum if isinstance(chunk, jax.Array) else min)(self.persistent, evicted * layout.whole_blocks)
 
 
-def _patch_means(x: Float[Array, "*B S N H"], layout: BlockLayout, parts: int) -> Float[Array, "*B K A N H"]:
+def _patch_means(
+  x: Float[Array, "*B S N H"], layout: BlockLayout, parts: int, kept: int = 0
+) -> Float[Array, "*B K A N H"]:
   """Means of each block's A = parts x parts patches of tokens, float32; zero where a block holds none."""
   f, rows, columns = layout.tile
+  if parts > 1 and layout.block_tokens:
+    raise ValueError(f"route_parts: {parts}; want 1 where blocks are not tiles (block_tokens {layout.block_tokens})")
   if rows % parts or columns % parts:
     raise ValueError(f"route_parts: {parts} does not divide the rows and columns of tile {layout.tile}")
   *b, slots, n, h = x.shape
@@ -118,26 +122,33 @@ def _patch_means(x: Float[Array, "*B S N H"], layout: BlockLayout, parts: int) -
   # least, because fewer would be turned into such sums.
   patch = (np.arange(rows)[:, None] * parts // rows) * parts + np.arange(columns) * parts // columns
   member = np.zeros((max(8, parts * parts), BLOCK), np.float32)
-  member[np.broadcast_to(patch, layout.tile).reshape(-1), np.arange(layout.valid)] = 1
+  member[np.resize(np.broadcast_to(patch, layout.tile), layout.valid), np.arange(layout.valid)] = 1
   member = jnp.broadcast_to(jnp.asarray(member, x.dtype), (x.shape[0], *member.shape))
   sums = jnp.einsum("kas,ksd->kad", member, x, precision="highest", preferred_element_type=jnp.float32)
-  means = sums[:, : parts * parts] / (layout.valid // parts**2)
-  return means.reshape(*b, slots // BLOCK, parts * parts, n, h)
+  sums = sums[:, : parts * parts].reshape(*b, slots // BLOCK, parts * parts, n, h)
+  sizes = np.where(layout.sizes, layout.sizes, layout.valid)
+  sizes = np.append(np.full(kept, layout.valid), np.tile(sizes, (slots // BLOCK - kept) // layout.blocks))
+  return sums / (sizes // parts**2).astype(np.float32)[:, None, None, None]
 
 
-def _holds_tokens(layout: BlockLayout, parts: int) -> Bool[np.ndarray, "Q I"]:
-  """Which patches of each query tile's two blocks hold tokens; all do, but those of an empty last block."""
-  full = np.arange(layout.blocks) < layout.full_blocks
-  return np.repeat(full, parts * parts).reshape(-1, 2 * parts * parts)
+def _weights(layout: BlockLayout, parts: int) -> Float[np.ndarray, "Q I"]:
+  """Tokens of the patches of each query tile's two blocks over a whole block's patch; 0 for those of an empty last block."""
+  weights = (layout.sizes / layout.valid).astype(np.float32)
+  return np.repeat(weights, parts * parts).reshape(-1, 2 * parts * parts)
 
 
-def pool_keys(k: Float[Array, "*B S N H"], layout: BlockLayout, parts: int = 1) -> Float[Array, "*B K A N H"]:
+def pool_keys(
+  k: Float[Array, "*B S N H"], layout: BlockLayout, parts: int = 1, kept: int = 0
+) -> Float[Array, "*B K A N H"]:
   """Means of each block's patches: float32 sums, rounded to bfloat16.
 
+  Args:
+    k: the blocks of chunks, behind so many that were kept, all whole.
+
   Raises:
-    ValueError: parts does not divide the tile.
+    ValueError: parts does not divide the tile, or blocks are not tiles.
   """
-  return pooled_keys(_patch_means(k, layout, parts))
+  return pooled_keys(_patch_means(k, layout, parts, kept))
 
 
 def pooled_keys(means: Float[Array, "*B K A N H"]) -> Float[Array, "*B K A N H"]:
@@ -157,9 +168,9 @@ def pooled_queries(means: Float[Array, "*B K A N H"], layout: BlockLayout) -> Fl
   return jax.lax.stop_gradient(x)
 
 
-def block_content(v: Float[Array, "*B S N H"], layout: BlockLayout) -> Float[Array, "*B K N H"]:
+def block_content(v: Float[Array, "*B S N H"], layout: BlockLayout, kept: int = 0) -> Float[Array, "*B K N H"]:
   """Mean value of each block, pooled as keys are: what it says, wherever and whenever it lies."""
-  return pool_keys(v, layout)[..., 0, :, :]
+  return pool_keys(v, layout, kept=kept)[..., 0, :, :]
 
 
 def block_means(k_pooled: Float[Array, "*B A N H"]) -> Float[Array, "*B N H"]:
@@ -171,8 +182,11 @@ def tile_means(layout: BlockLayout, q_pooled: Float[Array, "*B Q I N H"]) -> Flo
   """One vector a query tile, of its patches' means."""
   if q_pooled.shape[-3] == 1:
     return q_pooled[..., 0, :, :]
-  count = _holds_tokens(layout, math.isqrt(q_pooled.shape[-3] // 2)).sum(-1)[:, None, None]
-  return (q_pooled.astype(jnp.float32).sum(-3) / count).astype(jnp.bfloat16)
+  weights = _weights(layout, math.isqrt(q_pooled.shape[-3] // 2))[..., None, None]
+  x = q_pooled.astype(jnp.float32)
+  if layout.short:  # else all that hold tokens weigh the same, and what holds none is zero
+    x = x * weights
+  return (x.sum(-3) / weights.sum(-3)).astype(jnp.bfloat16)
 
 
 def block_scores(q_pooled: Float[Array, "B Q N H"], k_pooled: Float[Array, "B R N H"]) -> Float[Array, "B N Q R"]:
@@ -193,7 +207,7 @@ def patch_mass(
   s = block_scores(q_pooled.reshape(b, tiles * i, n, h), k_pooled.reshape(b, -1, n, h))
   s = jax.nn.log_softmax(jnp.where(jnp.repeat(valid, a), s, -jnp.inf), -1)
   s = jax.nn.logsumexp(s.reshape(b, n, tiles, i, -1, a), -1)
-  holds = _holds_tokens(layout, math.isqrt(a))[..., None] if i > 1 else True
+  holds = _weights(layout, math.isqrt(a))[..., None] > 0 if i > 1 else True
   return jnp.where(holds, s, -jnp.inf)
 
 
@@ -291,13 +305,16 @@ def select_persistent(
     score, origin: of the candidates, in ascending order of origin (chunk * nb + tile); origin -1 is an empty slot.
 
   Returns:
-    Positions among the candidates, ascending; E where nothing is kept.
+    Positions among the candidates, ascending; E where nothing is kept. A short block never is.
   """
   size = origin.shape[-1]
   if cfg.sharing == "layer":
     score = jnp.broadcast_to(total(score.sum(1, keepdims=True)), score.shape)
   score = jnp.where(origin < cfg.sink_chunks * layout.blocks, jnp.inf, score)
-  best, index = jax.lax.top_k(jnp.where(origin >= 0, score, -jnp.inf), cfg.persistent)
+  may_stay = origin >= 0
+  if layout.short:
+    may_stay &= origin % layout.blocks < layout.whole_blocks
+  best, index = jax.lax.top_k(jnp.where(may_stay, score, -jnp.inf), cfg.persistent)
   return jnp.sort(jnp.where(best > -jnp.inf, index, size), axis=-1).astype(jnp.int32)
 
 

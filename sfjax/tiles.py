@@ -24,13 +24,18 @@ class BlockLayout:
 
   Attributes:
     grid: tokens of a chunk along (frame, row, column).
-    tile: tokens of a block along the same axes; it divides the grid and holds at most 64.
+    tile: tokens that lie together, along the same axes; it divides the grid and holds at most 64.
+    block_tokens: tokens of a block, cut one after the other along the tiles; the last block of a chunk may be short.
+      0: one tile's.
   """
 
   grid: tuple[int, int, int]
   tile: tuple[int, int, int]
+  block_tokens: int = 0
 
   def __post_init__(self):
+    if not 0 <= self.block_tokens <= BLOCK:
+      raise ValueError(f"block_tokens: {self.block_tokens}; want 1..{BLOCK}, or 0 for one tile's")
     if any(g % t for g, t in zip(self.grid, self.tile, strict=True)) or math.prod(self.tile) > BLOCK:
       fits = ", ".join(map(str, fitting_tiles(self.grid)[:5]))
       raise ValueError(
@@ -39,8 +44,8 @@ class BlockLayout:
 
   @property
   def valid(self) -> int:
-    """Slots of a block that hold a token."""
-    return math.prod(self.tile)
+    """Slots of a block that hold a token, unless it is short."""
+    return self.block_tokens or math.prod(self.tile)
 
   @property
   def tokens(self) -> int:
@@ -50,7 +55,17 @@ class BlockLayout:
   @property
   def full_blocks(self) -> int:
     """Blocks of a chunk that hold tokens."""
+    return -(-self.tokens // self.valid)
+
+  @property
+  def whole_blocks(self) -> int:
+    """Blocks of a chunk that are not short."""
     return self.tokens // self.valid
+
+  @property
+  def short(self) -> int:
+    """Tokens of a chunk's short block, the last one that holds any; 0 where there is none."""
+    return self.tokens % self.valid
 
   @property
   def blocks(self) -> int:
@@ -62,11 +77,28 @@ class BlockLayout:
     return self.blocks * BLOCK
 
   @functools.cached_property
+  def sizes(self) -> np.ndarray:
+    """Tokens of each block, [blocks]."""
+    return np.clip(self.tokens - np.arange(self.blocks) * self.valid, 0, self.valid)
+
+  def short_blocks(self, chunks: int, first: int = 0) -> tuple[range, int] | None:
+    """`pbsa`'s kv_short for the blocks of so many chunks one after the other, the first of them block `first`."""
+    at = range(first + self.whole_blocks, first + chunks * self.blocks, self.blocks)
+    return (at, self.short) if self.short else None
+
+  @functools.cached_property
   def order(self) -> np.ndarray:
-    """Raster index of each token in tile order."""
+    """Raster index of each token in tile order.
+
+    Where blocks are cut without regard to tiles, their rows run back and forth: a block that turns a corner stays compact.
+    """
     (f, h, w), (tf, th, tw) = self.grid, self.tile
-    raster = np.arange(self.tokens).reshape(f // tf, tf, h // th, th, w // tw, tw)
-    return raster.transpose(0, 2, 4, 1, 3, 5).reshape(-1)
+    raster = np.arange(self.tokens).reshape(f // tf, tf, h // th, th, w // tw, tw).transpose(0, 2, 4, 1, 3, 5).copy()
+    if self.block_tokens:
+      raster[1::2] = raster[1::2, ::-1]
+      rows = raster.reshape(-1, *raster.shape[2:])
+      rows[1::2] = rows[1::2, ::-1]
+    return raster.reshape(-1)
 
   @functools.cached_property
   def positions(self) -> np.ndarray:
@@ -84,15 +116,17 @@ class BlockLayout:
   def pack(self, x: Float[Array, "*B tokens N H"]) -> Float[Array, "*B slots N H"]:
     """Tokens in tile order to slots; padding slots are zero."""
     *b, _, n, h = x.shape
+    same = [(0, 0)] * len(b)
+    x = jnp.pad(x, [*same, (0, self.full_blocks * self.valid - self.tokens), (0, 0), (0, 0)])
     x = x.reshape(*b, self.full_blocks, self.valid, n, h)
-    pad = [(0, 0)] * len(b) + [(0, self.blocks - self.full_blocks), (0, BLOCK - self.valid), (0, 0), (0, 0)]
-    return jnp.pad(x, pad).reshape(*b, self.slots, n, h)
+    x = jnp.pad(x, [*same, (0, self.blocks - self.full_blocks), (0, BLOCK - self.valid), (0, 0), (0, 0)])
+    return x.reshape(*b, self.slots, n, h)
 
   def unpack(self, x: Float[Array, "*B slots D"]) -> Float[Array, "*B tokens D"]:
     """Slots back to tokens in tile order."""
     *b, _, d = x.shape
     x = x.reshape(*b, self.blocks, BLOCK, d)[..., : self.full_blocks, : self.valid, :]
-    return x.reshape(*b, self.tokens, d)
+    return x.reshape(*b, -1, d)[..., : self.tokens, :]
 
   def per_frame(self, x: Float[Array, "*B tokens D"]) -> Float[Array, "*B a s f p D"]:
     """A view in which axes a and f (the latent frame is a * tile[0] + f) broadcast against per-frame values."""

@@ -14,7 +14,7 @@ IMPLEMENTATIONS = ("mosaic_sm90", "cudnn", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def _check(q, k, v, ids, counts, prefix_blocks, prefix_k, kv_valid, layer, kv_grad_range):
+def _check(q, k, v, ids, counts, prefix_blocks, prefix_k, kv_valid, kv_short, layer, kv_grad_range):
   if q.ndim != 4:
     raise ValueError(f"q: shape {q.shape}; want [B,T,N,H]")
   b, t, n, h = q.shape
@@ -51,6 +51,12 @@ def _check(q, k, v, ids, counts, prefix_blocks, prefix_k, kv_valid, layer, kv_gr
   if not 1 <= kv_valid <= BLOCK:
     raise ValueError(f"kv_valid: {kv_valid}; want 1..{BLOCK}")
   blocks = k.shape[-3] // BLOCK
+  if kv_short is not None:
+    short, few = kv_short
+    if short.step < 1 or not all(0 <= block < blocks for block in (*short[:1], *short[-1:])):
+      raise ValueError(f"kv_short: {short}; want an ascending range in 0..{blocks - 1}, the blocks of k")
+    if not 1 <= few <= kv_valid:
+      raise ValueError(f"kv_short: {few} slots; want 1..{kv_valid}, kv_valid")
   most = blocks if prefix_k is None else min(blocks, prefix_k.shape[-3] // BLOCK)
   if isinstance(prefix_blocks, int) and not 0 <= prefix_blocks <= most:
     raise ValueError(f"prefix_blocks: {prefix_blocks}; want 0..{most}, the blocks of k (and of prefix_k)")
@@ -68,6 +74,7 @@ def pbsa(
   prefix_blocks: int | Int32[Array, ""] = 0,
   prefix_k: Float[Array, "*L B P N H"] | None = None,
   kv_valid: int = BLOCK,
+  kv_short: tuple[range, int] | None = None,
   layer: Int32[Array, ""] | None = None,
   scale: float | None = None,
   kv_grad_range: tuple[int, int] | None = None,
@@ -84,6 +91,7 @@ def pbsa(
     prefix_blocks: blocks 0..prefix_blocks-1 are read by every tile and are not listed.
     prefix_k: keys used for the prefix instead of k's own; stacked over layers where k is.
     kv_valid: slots of every block that hold a token; the others never count, but must hold finite numbers, say zeros.
+    kv_short: blocks, of k and of prefix_k alike, of which only so many slots hold one.
     scale: multiplies the logits; 1/sqrt(H) by default.
     kv_grad_range: first and last block (inclusive) that receive dk and dv; the others get zero.
     return_lse: also return the log of the softmax denominator.
@@ -98,7 +106,7 @@ def pbsa(
   Raises:
     ValueError: a wrong shape or dtype, naming the argument. NotImplementedError: the implementation cannot do this.
   """
-  _check(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, layer, kv_grad_range)
+  _check(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, kv_short, layer, kv_grad_range)
   if implementation not in (None, *IMPLEMENTATIONS):
     raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
   scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -110,21 +118,24 @@ def pbsa(
     if reason is None:
       config = choose_config(q.shape[-1], kv_valid, device.device_kind)
       cores = getattr(device, "core_count", mosaic_sm90.Call.multiprocessors)
-      call = mosaic_sm90.Call(scale, kv_valid, kv_grad_range, config, multiprocessors=cores)
+      call = mosaic_sm90.Call(scale, kv_valid, kv_grad_range, config, multiprocessors=cores, kv_short=kv_short)
       if layer is not None:
         q, k, v = (_forward_only(x) for x in (q, k, v))
       out, lse = mosaic_sm90.pbsa_mosaic(call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks, layer)
       return (out, lse) if return_lse else out
   if implementation in (None, "cudnn"):
-    reason = cudnn.unsupported(device, q, block_ids, prefix_blocks, prefix_k, layer, kv_grad_range, return_lse)
+    reason = cudnn.unsupported(
+      device, q, block_ids, prefix_blocks, prefix_k, kv_short, layer, kv_grad_range, return_lse
+    )
     if implementation and reason:
       raise NotImplementedError(reason)
     if reason is None:
-      return cudnn.pbsa_cudnn(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, scale)
+      return cudnn.pbsa_cudnn(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, kv_short, scale)
   if layer is not None:
     one = lambda x: None if x is None else _forward_only(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False))
     k, v, prefix_k = map(one, (k, v, prefix_k))
-  out, lse = pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, scale, kv_grad_range)
+  holes = kv_valid, kv_short
+  out, lse = pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, *holes, scale, kv_grad_range)
   return (out, lse) if return_lse else out
 
 

@@ -10,13 +10,16 @@ Letters: B batch, T query rows, S key slots, N heads, H head dim, Q query tiles,
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.pbsa.lists import BLOCK, TILE
 
 _FUSED = "cudnn"  # of jax.nn.dot_product_attention
 
 
-def unsupported(device, q, block_ids, prefix_blocks, prefix_k, layer, kv_grad_range, return_lse) -> str | None:
+def unsupported(
+  device, q, block_ids, prefix_blocks, prefix_k, kv_short, layer, kv_grad_range, return_lse
+) -> str | None:
   """Why this implementation cannot serve a call, or None."""
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"q: dtype {q.dtype}; cudnn wants bfloat16 or float16"
@@ -24,6 +27,8 @@ def unsupported(device, q, block_ids, prefix_blocks, prefix_k, layer, kv_grad_ra
     return f"q: head dim {q.shape[-1]}; cudnn wants a multiple of 8, at most 128"
   if block_ids.shape[-1] and not isinstance(prefix_blocks, int) and prefix_k is None:
     return "prefix_blocks: beside lists cudnn wants an int, or prefix_k, which bounds it"
+  if block_ids.shape[-1] and kv_short is not None:
+    return "kv_short: beside lists not in cudnn"
   if layer is not None or kv_grad_range is not None or return_lse:
     return "layer, kv_grad_range, return_lse: not in cudnn"
   if device.platform != "gpu":
@@ -51,10 +56,10 @@ def _take_backward(saved, g):
 take_blocks.defvjp(_take_forward, _take_backward)
 
 
-def pbsa_cudnn(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid: int, scale: float):
+def pbsa_cudnn(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid: int, kv_short, scale: float):
   """See `api.pbsa`. Returns out in q's dtype."""
   if not block_ids.shape[-1]:
-    return _prefix_alone(q, k if prefix_k is None else prefix_k, v, prefix_blocks, kv_valid, scale)
+    return _prefix_alone(q, k if prefix_k is None else prefix_k, v, prefix_blocks, kv_valid, kv_short, scale)
   if prefix_k is not None:
     k = jnp.concatenate([prefix_k, k[:, prefix_k.shape[1] :]], 1)
   bound = prefix_blocks if isinstance(prefix_blocks, int) else prefix_k.shape[1] // BLOCK
@@ -87,12 +92,20 @@ def _with_prefix(ids, counts, prefix_blocks, bound: int):
   return jnp.sort(merged, -1), counts + prefix_blocks
 
 
-def _prefix_alone(q, k, v, prefix_blocks, kv_valid: int, scale: float):
-  """All tiles read the same blocks: one call, nothing gathered."""
+def _prefix_alone(q, k, v, prefix_blocks, kv_valid: int, kv_short, scale: float):
+  """All tiles read the same blocks: one call, nothing gathered but valid slots."""
   b, _, n, h = q.shape
   slots = min(k.shape[1], v.shape[1])
-  valid = lambda x: x[:, :slots].reshape(b, -1, BLOCK, n, h)[:, :, :kv_valid].reshape(b, -1, n, h)
-  return _attend(q, valid(k), valid(v), jnp.full((b,), prefix_blocks * kv_valid, jnp.int32), scale)
+  if kv_short is None:
+    valid = lambda x: x[:, :slots].reshape(b, -1, BLOCK, n, h)[:, :, :kv_valid].reshape(b, -1, n, h)
+    length = prefix_blocks * kv_valid
+  else:
+    short, few = kv_short
+    sizes = np.array([few if block in short else kv_valid for block in range(slots // BLOCK)])
+    index = np.flatnonzero(np.arange(BLOCK) < sizes[:, None])
+    valid = lambda x: jnp.asarray(x).at[:, index].get(indices_are_sorted=True, unique_indices=True)
+    length = jnp.asarray(np.append(0, sizes.cumsum()), jnp.int32)[prefix_blocks]
+  return _attend(q, valid(k), valid(v), jnp.full((b,), length, jnp.int32), scale)
 
 
 def _attend(q, k, v, length, scale: float):

@@ -9,6 +9,17 @@ BLOCK = 64  # key slots in a block
 TILE = 128  # query rows in a tile: two neighbouring blocks
 
 
+def valid_slots(
+  blocks: Int32[Array, "*K"], kv_valid: int, kv_short: tuple[range, int] | None
+) -> int | Int32[Array, "*K"]:
+  """How many slots of each block hold a token, by `api.pbsa`'s kv_valid and kv_short; one number where it is that of all."""
+  if kv_short is None:
+    return kv_valid
+  short, few = kv_short
+  past = blocks - short.start
+  return jnp.where((past >= 0) & (blocks < short.stop) & (jax.lax.rem(past, jnp.int32(short.step)) == 0), few, kv_valid)
+
+
 def validate_lists(ids: Int32[Array, "B N Q K"], counts: Int32[Array, "B N Q"], num_slots: int) -> None:
   """Checks concrete lists on the host.
 

@@ -35,7 +35,7 @@ def backward_q(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, dout, 
     program, wg = lax.axis_index("program"), lax.axis_index("wg")
     where, share = cut.work(program)
     batch, head, tile = where
-    blocks, steps, load = parts.walk(call, width, where, share, slots, memory, k_s, v_s, k_full, v_full)
+    blocks, steps, load, ends = parts.walk(call, width, where, share, slots, memory, k_s, v_s, k_full, v_full)
 
     pl.when(wg == WARPGROUPS)(lambda: parts.fetch(steps, stages, (k_free, v_free), load))
 
@@ -74,19 +74,20 @@ def backward_q(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, dout, 
         score = plgpu.ACC((ROWS, columns), jnp.float32)
         return pl.run_scoped(start_s, score)
 
-      def gradient(i, s, dp, later):
+      def gradient(i, own_ends, s, dp, later):
         """ds of step i; `later`: products that were started after its own."""
         p = jnp.exp2(plgpu.wgmma_accumulator_load(s, wait_n=1 + later) * (call.scale * LOG2E) - my_lse)
         ds = p * (plgpu.wgmma_accumulator_load(dp, wait_n=later) - my_delta)
         plgpu.barrier_arrive(at(v_free, i))
-        return parts.hide(call, width, i, blocks, ds, 0.0)
+        return parts.hide(call, width, i, blocks, own_ends, ds, 0.0)
 
       def step(i, carry):
         """The next step's products and this one's part of dq in one go; the next ds is made beside the latter."""
         acc, ds = carry
+        next_ends = ends(i + 1)  # early: what is read from memory takes its time
 
         def make_next(s, dp):
-          next_ds = lax.optimization_barrier(gradient(i + 1, s, dp, 1))
+          next_ds = lax.optimization_barrier(gradient(i + 1, next_ends, s, dp, 1))
           wait_for_keys(i + 2)  # a branch here, or ptxas moves the above behind the wait for dq
           return [next_ds]
 
@@ -104,8 +105,9 @@ def backward_q(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, dout, 
         pl.when(i < steps)(lambda: plgpu.barrier_wait(at(k_full, i)))
 
       def read():
+        first_ends = ends(0)
         wait_for_keys(0)
-        ds = scores(0, lambda s, dp: gradient(0, s, dp, 0)).astype(q.dtype)
+        ds = scores(0, lambda s, dp: gradient(0, first_ends, s, dp, 0)).astype(q.dtype)
         wait_for_keys(1)
         acc, ds = lax.fori_loop(0, steps - 1, step, (nothing(), ds))
         last = steps - 1
@@ -276,7 +278,7 @@ def backward_kv(call: Call, first: int, q, k, v, prefix_k, tiles, counts, prefix
 
         def finish(total, factor, target, out_ref):
           row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, h), 0, layout=plgpu.Layout.WGMMA)
-          target[...] = jnp.where(row < call.kv_valid, total * factor, 0).astype(q.dtype)
+          target[...] = jnp.where(row < call.valid_slots(first + block), total * factor, 0).astype(q.dtype)
           plgpu.commit_smem()
           plgpu.copy_smem_to_gmem(target, out_ref.at[pl.ds(parts.row((batch * num + block) * BLOCK), BLOCK), head])
           plgpu.wait_smem_to_gmem(0)

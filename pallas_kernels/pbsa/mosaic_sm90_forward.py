@@ -47,7 +47,7 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
     program, wg = lax.axis_index("program"), lax.axis_index("wg")
     where, share = cut.work(program)
     batch, head, tile = where
-    blocks, steps, load = parts.walk(call, width, where, share, slots, memory, k_s, v_s, k_full, v_full)
+    blocks, steps, load, ends = parts.walk(call, width, where, share, slots, memory, k_s, v_s, k_full, v_full)
 
     pl.when(wg == WARPGROUPS)(lambda: parts.fetch(steps, stages, (k_free, v_free), load))
 
@@ -72,8 +72,8 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
       def wait_for_keys(i):
         pl.when(i < steps)(lambda: plgpu.barrier_wait(at(k_full, i)))
 
-      def softmax(i, s, m, l):
-        s = parts.hide(call, width, i, blocks, s, -jnp.inf)
+      def softmax(i, own_ends, s, m, l):
+        s = parts.hide(call, width, i, blocks, own_ends, s, -jnp.inf)
         new_m = jnp.maximum(m, s.max(1) * (call.scale * LOG2E))
         p = jnp.exp2(s * (call.scale * LOG2E) - parts.over_columns(new_m, s.shape))
         alpha = jnp.exp2(m - new_m)
@@ -82,11 +82,12 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
       def step(i, carry):
         """The next step's scores and this one's values are multiplied in one go; the next softmax runs beside the values."""
         acc, p, m, l = carry
+        next_ends = ends(i + 1)  # early: what is read from memory takes its time
 
         def next_softmax(s):
           s = plgpu.wgmma_accumulator_load(s, wait_n=1)
           plgpu.barrier_arrive(at(k_free, i + 1))
-          found = lax.optimization_barrier(softmax(i + 1, s, m, l))
+          found = lax.optimization_barrier(softmax(i + 1, next_ends, s, m, l))
           wait_for_keys(i + 2)  # a branch here, or ptxas moves the softmax behind the wait for the values
           return found
 
@@ -103,10 +104,11 @@ def forward(call: Call, q, k, v, prefix_k, ids, counts, prefix_blocks, layer=Non
         return acc * parts.over_columns(alpha, acc.shape), p.astype(q.dtype), m, l
 
       def read():
+        first_ends = ends(0)
         wait_for_keys(0)
         s = scores(0, lambda s: s[...])
         plgpu.barrier_arrive(at(k_free, 0))
-        p, m, l, _ = softmax(0, s, *nothing()[1:])
+        p, m, l, _ = softmax(0, first_ends, s, *nothing()[1:])
         wait_for_keys(1)
         acc, p, m, l = lax.fori_loop(0, steps - 1, step, (nothing()[0], p.astype(q.dtype), m, l))
         last = steps - 1

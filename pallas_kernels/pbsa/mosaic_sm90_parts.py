@@ -2,7 +2,8 @@
 
 A program has three warpgroups. Two compute, each on 64 of a tile's 128 rows; the third only starts copies, so that the
 next operands land in a ring of slots while the others multiply. It alone reads block ids: to the two that compute, a
-gathered block looks like any other. The same code runs on CPU in jax's GPU interpreter, but for `accumulate`.
+gathered block looks like any other; unless some are short, when they read the ids, too. The same code runs on CPU in jax's
+GPU interpreter, but for `accumulate`.
 
 Letters: B batch, T query rows, S key slots, N heads, H head dim, Q query tiles, K key blocks, J slots loaded of a block,
 W blocks per step.
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.pbsa.lists import BLOCK, TILE
+from pallas_kernels.pbsa.lists import BLOCK, TILE, valid_slots
 from pallas_kernels.pbsa.mosaic_sm90_config import Config, loaded
 
 WARPGROUPS = 2  # that compute
@@ -40,6 +41,11 @@ class Call:
   interpret: plgpu.InterpretGPUParams | None = None
   most_blocks: int = 0
   multiprocessors: int = 132  # an H100's or H200's
+  kv_short: tuple[range, int] | None = None
+
+  def valid_slots(self, block):
+    """How many slots of a block hold a token."""
+    return valid_slots(block, self.kv_valid, self.kv_short)
 
   def loaded(self, width: int) -> int:
     """J: slots of a block that are loaded."""
@@ -190,7 +196,8 @@ def walk(call: Call, width: int, where, share, slots: tuple[int, int], refs, k_s
     k_s, v_s: slots of the ring. k_full, v_full: their barriers.
 
   Returns:
-    how many blocks, how many steps, and the `load` that `produce` wants; steps count from the share's first.
+    how many blocks, how many steps, the `load` that `produce` wants, and the `ends` that `hide` wants, by step; steps count
+    from the share's first.
   """
   k, v, prefix_k, ids, counts, prefix_blocks, layer = refs
   (b, n, tile), (piece, pieces) = where, share
@@ -202,11 +209,20 @@ def walk(call: Call, width: int, where, share, slots: tuple[int, int], refs, k_s
   row_of_batch = layer[0] * counts.shape[0] + b
   first = row_of_batch * slots[0]
 
-  def load(step, slot):
+  def places(step):
+    """Where a step's blocks stand among all that are read, and their ids."""
     last = begin + blocks - 1
     at = [jnp.minimum(begin + step * width + i, last) for i in range(width)]  # past the end: the last block again
-    # All ids are read here, before any waiting.
-    block = [jnp.where(i < prefix, i, ids[b, n, tile, jnp.maximum(i - prefix, 0)]) for i in at]
+    return at, [jnp.where(i < prefix, i, ids[b, n, tile, jnp.maximum(i - prefix, 0)]) for i in at]
+
+  def ends(step):
+    if call.kv_short is None:
+      return None
+    left = blocks - step * width
+    return [jnp.where(left > i, call.valid_slots(block), 0) for i, block in enumerate(places(step)[1])]
+
+  def load(step, slot):
+    at, block = places(step)  # all ids are read here, before any waiting
 
     def copy(source, base, block, target, full, i):
       rows = pl.ds(row(base, block * BLOCK), loaded)
@@ -227,15 +243,28 @@ def walk(call: Call, width: int, where, share, slots: tuple[int, int], refs, k_s
 
     return load_k, load_v
 
-  return blocks, steps_of(blocks), load
+  return blocks, steps_of(blocks), load, ends
 
 
-def hide(call: Call, width: int, step, blocks, x, fill):
-  """x [rows, W J] with `fill` where a column is no token, or lies past the last block."""
+def hide(call: Call, width: int, step, blocks, ends, x, fill):
+  """x [rows, W J] with `fill` where a column is no token, or lies past the last block.
+
+  ends: how many slots of each of the step's blocks are read; None where no block is short.
+  """
   loaded = call.loaded(width)
   column = lambda: plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
   if call.kv_valid < loaded:
     x = jnp.where(column() % loaded < call.kv_valid, x, fill)
+  if ends is not None:
+
+    def hidden(x):
+      end = ends[-1]
+      for i in range(width - 2, -1, -1):
+        end = jnp.where(column() < (i + 1) * loaded, ends[i], end)
+      return jnp.where(column() % loaded < end, x, fill)
+
+    all_there = functools.reduce(jnp.logical_and, (end == call.kv_valid for end in ends))
+    return lax.cond(all_there, lambda x: x, hidden, x)
   if width == 1:
     return x
   left = blocks - step * width

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.pbsa.lists import BLOCK, TILE
+from pallas_kernels.pbsa.lists import BLOCK, TILE, valid_slots
 
 _STEP_BLOCKS = 8  # key blocks gathered per step of the scan
 
@@ -36,7 +36,7 @@ def _accumulate(carry, q, k, v, mask, scale):
   return acc * alpha[..., None] + o, m_new, l * alpha + p.sum(-1)
 
 
-def pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, scale, kv_grad_range):
+def pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, kv_short, scale, kv_grad_range):
   """See `api.pbsa`; k and v are one layer's [B,S,N,H]. Returns out in q's dtype and lse float32 [B,N,T]."""
   b, t, n, h = q.shape
   blocks = k.shape[1] // BLOCK
@@ -44,6 +44,12 @@ def pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid
 
   def to_blocks(x):  # [B,S,N,H] -> [B,N,K,J,H]: only slots that hold a token
     return x.reshape(b, -1, BLOCK, n, h)[:, :, :kv_valid].transpose(0, 3, 1, 2, 4)
+
+  def slots(ok, ids):  # which of the blocks are read -> which of their slots, [..,G] -> [..,G J]
+    if kv_short is None:
+      return jnp.repeat(ok, kv_valid, -1)
+    valid = jnp.arange(kv_valid) < valid_slots(ids, kv_valid, kv_short)[..., None]
+    return (ok[..., None] & valid).reshape(*ok.shape[:-1], -1)
 
   kb, vb = to_blocks(k), to_blocks(v)
   if kv_grad_range is not None:
@@ -66,7 +72,8 @@ def pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid
     bound = min(bound, prefix_blocks)
   for first in range(0, bound, _STEP_BLOCKS):
     size = min(_STEP_BLOCKS, bound - first)
-    ok = jnp.repeat((first + jnp.arange(size)) < prefix_blocks, kv_valid)
+    ids = first + jnp.arange(size)
+    ok = slots(ids < prefix_blocks, ids)
     read = functools.partial(
       lambda c, a, x, y, ok: step(c, a, x, y, ok),
       ok=ok,
@@ -83,7 +90,7 @@ def pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid
 
   def listed(carry, xs):
     ids, ok = xs  # [B,N,Q,G]
-    ok = jnp.repeat(ok, kv_valid, -1)
+    ok = slots(ok, ids)
     kk = jnp.where(ok[..., None], gather(kb, ids).reshape(b, n, tiles, -1, h), 0)
     vv = jnp.where(ok[..., None], gather(vb, ids).reshape(b, n, tiles, -1, h), 0)
     return _accumulate(carry, qt, kk, vv, ok[:, :, :, None, :], scale), None

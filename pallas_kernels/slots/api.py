@@ -1,13 +1,14 @@
 """The public call: q, k and v of a chunk, normed, turned and laid into blocks; k and v where the cache keeps them.
 
 Letters: B batch, T tokens of a chunk in tile order, D = N H width, N heads, H head dim, L layers, S slots of a layer,
-K blocks of a chunk, s = 64 K; an odd number gets one empty block.
+K blocks of a chunk, s = 64 K; the last that holds tokens may be short; an odd number gets one empty block.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK, TILE
@@ -41,7 +42,7 @@ def to_slots(
     vectors: the biases of q, k and v and the norms' weights of q and k, in one array.
     cos, sin: of each token's angles, float32; the pair (2 j, 2 j + 1) of every head turns by angle j.
     k_slots, v_slots: the stacked cache, written in place where it is donated: blocks first .. first + K - 1 of `layer`.
-    valid: tokens of a block; the slots behind them become zero.
+    valid: tokens of a block, T % valid of the last one if that is not 0; the slots behind them become zero.
     implementation: "mosaic_sm90" (Hopper, bfloat16), "xla" (anywhere), or None for the first that supports the arguments.
 
   Returns:
@@ -67,9 +68,9 @@ def to_slots(
     dtype = jnp.float32 if name in ("cos", "sin") else q.dtype
     if x.dtype != dtype:
       raise ValueError(f"{name}: dtype {x.dtype}; want {dtype}")
-  if not 1 <= valid <= BLOCK or t % valid:
-    raise ValueError(f"valid: {valid}; want 1..{BLOCK}, a divisor of T = {t}")
-  tiles = (t // valid + 1) // 2
+  if not 1 <= valid <= BLOCK:
+    raise ValueError(f"valid: {valid}; want 1..{BLOCK}")
+  tiles = -(-t // (2 * valid))
   if slots % BLOCK or slots < tiles * TILE:
     raise ValueError(f"k_slots: S = {slots}; want a multiple of {BLOCK}, at least {tiles * TILE}")
   if implementation not in (None, *IMPLEMENTATIONS):
@@ -98,20 +99,25 @@ def by_xla(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, firs
 
   dtype, vectors = q.dtype, vectors.astype(wide)
   q, k, v = (x.astype(wide) + bias for x, bias in zip((q, k, v), vectors[:3], strict=True))
-  blocks = jnp.stack(
-    [x.reshape(x.shape[0], -1, valid, n, h) for x in (turned(q, vectors[3]), turned(k, vectors[4]), v)]
-  ).astype(dtype)
+  rows = jnp.stack([x.reshape(*x.shape[:2], n, h) for x in (turned(q, vectors[3]), turned(k, vectors[4]), v)])
+  rows = jnp.pad(rows.astype(dtype), [(0, 0)] * 2 + [(0, -rows.shape[2] % valid), (0, 0), (0, 0)])
+  blocks = rows.reshape(*rows.shape[:2], -1, valid, n, h)
   blocks = jnp.pad(blocks, [(0, 0)] * 2 + [(0, blocks.shape[2] % 2), (0, BLOCK - valid), (0, 0), (0, 0)])
-  means = blocks.astype(jnp.float32).sum(3) / valid
+  means = _means(blocks.astype(jnp.float32).sum(3), cos.shape[0], valid)
   q, k, v = blocks.reshape(3, q.shape[0], -1, n, h)
   put = lambda old, new: jax.lax.dynamic_update_slice(old, new[None], (layer, 0, first * BLOCK, 0, 0))
   return q, put(k_slots, k), put(v_slots, v), means
 
 
+def _means(sums, t: int, valid: int):
+  """Sums [3,B,K,N,H] of each block's tokens over their number."""
+  return sums / np.clip(t - valid * np.arange(sums.shape[2]), 1, valid).astype(np.float32)[:, None, None]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _by_kernel(valid, eps, *args):
   q, k_slots, v_slots, sums = mosaic_sm90.to_slots(valid, eps, *args)
-  return q, k_slots, v_slots, sums.sum(3) / valid
+  return q, k_slots, v_slots, _means(sums.sum(3), args[4].shape[0], valid)
 
 
 _by_kernel.defvjp(

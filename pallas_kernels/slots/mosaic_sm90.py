@@ -6,6 +6,8 @@ the next two before it works on these; several programs share a multiprocessor a
 Letters: B batch, T tokens of a chunk, N heads, H head dim, S slots of a layer, K blocks of a chunk, P programs a block.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -35,8 +37,10 @@ def unsupported(q, tokens: int, heads: tuple[int, int], valid: int) -> str | Non
     return (
       f"q: {n} heads of {h}; mosaic_sm90 wants an even number of heads of a multiple of 64, at most {WIDEST} in all"
     )
-  if valid % ROWS or q.shape[1] % ROWS or tokens // valid % 2:
-    return f"valid: {tokens // valid} blocks of {valid}; mosaic_sm90 wants even numbers of both"
+  blocks, short = -(-tokens // valid), tokens % valid
+  if valid % ROWS or q.shape[1] % ROWS or blocks % 2 or short % ROWS:
+    last = f", {short} in the last" * (short > 0)
+    return f"valid: {blocks} blocks of {valid}{last}; mosaic_sm90 wants even numbers of all"
   return None
 
 
@@ -44,8 +48,9 @@ def to_slots(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, fi
   """See `api.to_slots`; in place of means come the sums of each block's P parts, [3,B,K,P,N,H]."""
   (b, r, _), t = q.shape, cos.shape[0]
   n, h = k_slots.shape[-2:]
-  blocks, groups = t // valid, valid // ROWS
-  steps = max(s for s in range(1, MOST_STEPS + 1) if groups % s == 0)
+  blocks, groups, short = -(-t // valid), valid // ROWS, t % valid
+  # A program's rows all hold tokens, or none do.
+  steps = max(s for s in range(1, MOST_STEPS + 1) if math.gcd(groups, short // ROWS) % s == 0)
   parts = groups // steps
 
   def to_slots(*refs):
@@ -88,13 +93,30 @@ def to_slots(valid, eps, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, fi
         return total + x.astype(jnp.float32), later
 
       nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), PAIRS)
-      total, _ = lax.fori_loop(0, steps, take, (nothing, load(products[i].at[token(0)])))
-      sums_ref[i, batch, block, part] = total.sum(0)
+
+      def work():
+        total, _ = lax.fori_loop(0, steps, take, (nothing, load(products[i].at[token(0)])))
+        sums_ref[i, batch, block, part] = total.sum(0)
+
+      def clear(row):
+        target[rows(base, block * BLOCK, row)] = plgpu.layout_cast(jnp.zeros(shape, jnp.bfloat16), PAIRS)
+
+      def rest():
+        for step in range(steps):
+          clear(row(step))
+        sums_ref[i, batch, block, part] = nothing.sum(0)
+
+      if short:
+        holds = block * valid + row(0) < t
+        pl.when(holds)(work)
+        pl.when(jnp.logical_not(holds))(rest)
+      else:
+        work()
 
       @pl.when(part == parts - 1)
       def _():
         for hole in range(valid, BLOCK, ROWS):
-          target[rows(base, block * BLOCK, hole)] = plgpu.layout_cast(jnp.zeros(shape, jnp.bfloat16), PAIRS)
+          clear(hole)
 
     for i, (target, base) in enumerate(((q_ref, batch * blocks * BLOCK), (k_ref, cached), (v_ref, cached))):
       pl.when(which == i)(lambda i=i, target=target, base=base: run(i, target, base))

@@ -70,8 +70,8 @@ def tiles_with_digit(
   boxes = np.concatenate([np.repeat(boxes[:1], pad, 0), boxes]).reshape(-1, model.chunk_frames, codec.time, 4)
   seen = np.concatenate([np.repeat(visibility[:1], pad), visibility]).reshape(boxes.shape[:3]) >= _SEEN
   pixels = np.array(model.patch) * codec.space
-  tokens = layout.positions.reshape(layout.full_blocks, layout.valid, 3)
-  low, high = tokens.min(1), tokens.max(1) + 1  # [nb,(frame,row,column)]
+  blocks = np.split(layout.positions, range(layout.valid, layout.tokens, layout.valid))
+  low, high = np.stack([p.min(0) for p in blocks]), np.stack([p.max(0) for p in blocks]) + 1  # [nb,(frame,row,column)]
   corner = lambda ends: (ends[:, 1:] * pixels)[:, ::-1]  # (x, y)
   overlap = np.minimum(boxes[..., None, 2:], corner(high)) - np.maximum(boxes[..., None, :2], corner(low))
   cell = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
@@ -86,20 +86,21 @@ def persistent_shares(
   cfg: MemoryConfig,
   origins: Int[np.ndarray, "L B N C"],
   holding: Bool[np.ndarray, "B n nb"],
-  full_blocks: int,
+  whole_blocks: int,
 ) -> dict[str, Float[np.ndarray, " B"]]:
   """How much of P holds the digit, per video.
 
   Args:
     origins: from `memory.stored_blocks` after n chunks; -1 where empty. holding: from `tiles_with_digit`.
+    whole_blocks: of a chunk, the first; no other may stay.
 
   Returns:
-    P holds it: share of P's blocks, over layers and heads. by chance: the share among all blocks that left the window.
+    P holds it: share of P's blocks, over layers and heads. by chance: the share among all whole blocks that left the window.
     some of P: share of layers and heads whose P has at least one.
   """
   flat = holding.reshape(len(holding), -1)
   hit = flat[np.arange(len(flat))[:, None, None], np.maximum(origins, 0)] & (origins >= 0)
-  evicted = holding[:, : max(holding.shape[1] - cfg.window, 0), :full_blocks].reshape(len(holding), -1)
+  evicted = holding[:, : max(holding.shape[1] - cfg.window, 0), :whole_blocks].reshape(len(holding), -1)
   chance = evicted.mean(1) if evicted.shape[1] else np.full(len(holding), np.nan)
   return {
     "P holds it": hit.sum((0, 2, 3)) / np.maximum((origins >= 0).sum((0, 2, 3)), 1),

@@ -141,7 +141,7 @@ def _continue(plan: Plan, arm: Arm, classifier: dict, rows, clip: clips.Hidden, 
       [interventions.tiles_with_digit(model, *truth) for truth in zip(clip.boxes, clip.visibility, strict=True)]
     )
     origins = stored_blocks(arm.memory, memory)[:, :batch]
-    held = interventions.persistent_shares(arm.memory, origins, holding, model.layout.full_blocks)
+    held = interventions.persistent_shares(arm.memory, origins, holding, model.layout.whole_blocks)
     copy = lambda: jax.tree.map(jnp.copy, memory)  # every fork consumes its own
     if "empty" in intervene:
       cfg, emptied = interventions.without_persistent(arm.memory, copy())

@@ -76,6 +76,16 @@ def test_tiles_with_a_digit():
   assert straddling.sum(1).tolist() == [4, 4]
 
 
+def test_blocks_with_a_digit_where_they_are_not_tiles():
+  model = dataclasses.replace(MODEL, tile=(3, 4, 1), block_tokens=50)  # 768 tokens: 15 blocks and a short one of 18
+  held = tiles_with_digit(model, np.tile([17.0, 33.0, 31.0, 47.0], (21, 1)), np.ones(21))
+  assert held.shape == (2, 16) and (held[0] == held[1]).all()
+  for block in np.flatnonzero(held[0]):
+    tokens = model.layout.positions[50 * block : 50 * block + 50] * 4
+    assert ((tokens[:, 1] >= 32) & (tokens[:, 1] < 48)).any() and ((tokens[:, 2] >= 16) & (tokens[:, 2] < 32)).any()
+  assert 1 <= held[0].sum() <= 3
+
+
 def test_shares_of_p():
   nb = MODEL.layout.blocks
   holding = np.zeros((1, 4, nb), bool)

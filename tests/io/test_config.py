@@ -188,6 +188,7 @@ def test_learned_importance_wants_a_head():
     ("data.fps=nan", "data.fps: nan; want a positive number, at most 1000"),
     ("data.none=0.9", "data.none: 0.9; want a share, 0 to 1 - colour_only = 0.8"),
     ("memory.route_parts=3", "memory.route_parts: 3; want a divisor of the rows and columns of model.tile (3, 4, 4)"),
+    ("model.block_tokens=48", "memory.route_parts: 2; want 1 with model.block_tokens 48"),
     ("model.layers=0", "model.layers: 0; want at least 1"),
     ("model.tile=3,4,0", "model.tile: (3, 4, 0); want numbers of at least 1"),
     ("model.latent_size=-32,32", "model.latent_size: (-32, 32); want numbers of at least 1"),
@@ -200,6 +201,14 @@ def test_values_out_of_range(override, message):
   key, _, value = override.partition("=")
   with pytest.raises(UserError, match=re.escape(f"config.{message}")):
     to_dataclass(Config, apply_overrides(load_config(DIGITS), {key: value}))
+
+
+def test_a_model_from_before_blocks_could_be_cut_anywhere_has_one_tile_in_each():
+  values = load_config("configs/wan_1_3b.py").to_dict()
+  assert values["model"].pop("block_tokens") == 64
+  values["model"]["tile"] = (3, 5, 4)
+  layout = to_dataclass(Config, values).model.layout
+  assert (layout.valid, layout.blocks, layout.short) == (60, 78, 0)
 
 
 def test_sinks_want_persistent_blocks():

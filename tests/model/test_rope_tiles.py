@@ -78,20 +78,30 @@ LAYOUTS = [
   BlockLayout((3, 3, 5), (1, 3, 5)),
   BlockLayout((3, 30, 52), (3, 5, 4)),
 ]
+# An even number of blocks, an odd one, none short, two tiles of frames with rows of either parity, a short block alone.
+PACKED = [
+  BlockLayout((3, 30, 52), (3, 5, 1), 64),
+  BlockLayout((3, 3, 5), (3, 1, 1), 10),
+  BlockLayout((3, 4, 4), (3, 2, 1), 12),
+  BlockLayout((6, 6, 4), (3, 2, 1), 13),
+  BlockLayout((6, 4, 4), (3, 2, 2), 50),
+  BlockLayout((1, 2, 2), (1, 2, 1), 64),
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS + PACKED, ids=str)
 def test_round_trips(layout):
   x = np.random.default_rng(3).normal(size=(2, layout.tokens, 3)).astype(np.float32)
   np.testing.assert_array_equal(layout.from_tiles(layout.to_tiles(x)), x)
-  assert not np.array_equal(layout.to_tiles(x), x) or layout.tile[1:] == layout.grid[1:]
+  assert sorted(layout.order) == list(range(layout.tokens))
   heads = x.reshape(2, layout.tokens, 3, 1)
   slots = layout.pack(heads)
   chex.assert_shape(slots, (2, layout.blocks * 64, 3, 1))
   np.testing.assert_array_equal(layout.unpack(slots[..., 0]), x)
   padding = np.asarray(slots).reshape(2, layout.blocks, 64, 3)
-  assert not padding[:, :, layout.valid :].any() and not padding[:, layout.full_blocks :].any()
-  assert np.count_nonzero(slots) == x.size
+  held = np.arange(64) < layout.sizes[:, None]
+  assert not padding[:, ~held].any() and (padding[:, held] != 0).all()
+  np.testing.assert_array_equal(padding[:, held], x)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -104,7 +114,30 @@ def test_a_block_is_one_tile(layout):
   assert len({tuple(p) for p in layout.positions}) == layout.tokens
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", PACKED, ids=str)
+def test_tiles_run_back_and_forth_where_blocks_do_not_follow_them(layout):
+  """From tile to tile one step along one axis, frames outermost; every tile as where blocks are tiles."""
+  size, plain = np.prod(layout.tile), BlockLayout(layout.grid, layout.tile)
+  tiles = layout.positions.reshape(-1, size, 3)
+  steps = np.abs(np.diff(tiles[:, 0] // layout.tile, axis=0))
+  assert (steps.sum(1) == 1).all() and (np.diff(tiles[:, 0, 0]) >= 0).all()
+  inside = lambda x: {tuple(map(tuple, tile)) for tile in x.positions.reshape(-1, size, 3)}
+  assert inside(layout) == inside(plain)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS + PACKED, ids=str)
+def test_blocks_and_their_sizes(layout):
+  assert layout.sizes.sum() == layout.tokens and layout.blocks == len(layout.sizes) and layout.blocks % 2 == 0
+  assert (layout.sizes[: layout.whole_blocks] == layout.valid).all() and layout.valid <= 64
+  assert layout.sizes[layout.whole_blocks : layout.full_blocks].tolist() == [layout.short] * (layout.short > 0)
+  found = layout.short_blocks(3, 5)
+  assert (found is None) == (layout.short == 0)
+  if found:
+    want = 5 + np.flatnonzero(np.tile(layout.sizes == layout.short, 3))
+    assert list(found[0]) == want.tolist() and found[1] == layout.short and max(want) < 5 + 3 * layout.blocks
+
+
+@pytest.mark.parametrize("layout", LAYOUTS + PACKED, ids=str)
 def test_per_frame_values_meet_their_frame(layout):
   tokens = jnp.asarray(layout.positions[None, :, :1], jnp.float32)
   frame = jnp.arange(layout.grid[0], dtype=jnp.float32)[None, :, None]
@@ -113,7 +146,11 @@ def test_per_frame_values_meet_their_frame(layout):
 
 def test_sizes():
   wan, digits = ModelConfig.wan_1_3b().layout, ModelConfig.digits().layout
-  assert (wan.grid, wan.blocks, wan.blocks // 2, wan.valid) == ((3, 30, 52), 78, 39, 60)
+  assert (wan.grid, wan.blocks, wan.whole_blocks, wan.valid, wan.short) == ((3, 30, 52), 74, 73, 64, 8)
+  whole = ModelConfig.wan_14b(chunk_frames=21).layout  # the bidirectional model's
+  assert (whole.tokens, whole.blocks, whole.whole_blocks, whole.short) == (32_760, 512, 511, 56)
+  tiles = ModelConfig.wan_1_3b(tile=(3, 5, 4), block_tokens=0).layout
+  assert (tiles.blocks, tiles.blocks // 2, tiles.valid, tiles.short) == (78, 39, 60, 0)
   assert (digits.grid, digits.blocks, digits.valid) == ((3, 16, 16), 16, 48)
   assert BlockLayout((3, 52, 30), (3, 4, 5)).blocks == 78
   odd = BlockLayout((3, 3, 5), (1, 3, 5))
@@ -131,6 +168,12 @@ def test_a_tile_that_does_not_fit_is_refused_with_ones_that_do(grid, tile):
   assert str(tile) in line and str(grid) in line and str(best[0]) in line and "\n" not in line
   for fits in best:
     BlockLayout(grid, fits)
+
+
+@pytest.mark.parametrize("tokens", [-1, 65])
+def test_blocks_that_hold_no_such_number_are_refused(tokens):
+  with pytest.raises(ValueError, match=f"^block_tokens: {tokens}; want 1..64, or 0 for one tile's"):
+    ModelConfig.digits(block_tokens=tokens)
 
 
 def test_a_latent_size_off_the_patch_is_refused():

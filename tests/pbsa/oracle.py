@@ -3,7 +3,14 @@
 import numpy as np
 
 
-def oracle(q, k, v, ids, counts, *, prefix_blocks=0, prefix_k=None, kv_valid=64, scale=None):
+def slots_of(blocks, kv_valid, kv_short=None):
+  """The valid slots of some blocks, as an index of slots."""
+  short, few = kv_short or ((), 0)
+  own = [np.arange(x * 64, x * 64 + (few if x in short else kv_valid)) for x in map(int, blocks)]
+  return np.concatenate([np.zeros(0, int), *own])
+
+
+def oracle(q, k, v, ids, counts, *, prefix_blocks=0, prefix_k=None, kv_valid=64, kv_short=None, scale=None):
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   b, t, n, h = q.shape
   s = k.shape[1]
@@ -15,7 +22,7 @@ def oracle(q, k, v, ids, counts, *, prefix_blocks=0, prefix_k=None, kv_valid=64,
     for j in range(n):
       for tile in range(t // 128):
         read = list(range(prefix_blocks)) + [int(x) for x in ids[i, j, tile, : counts[i, j, tile]]]
-        slots = np.concatenate([np.arange(x * 64, x * 64 + kv_valid) for x in read]) if read else np.zeros(0, int)
+        slots = slots_of(read, kv_valid, kv_short)
         if not len(slots):
           continue
         rows = slice(tile * 128, tile * 128 + 128)

@@ -79,12 +79,19 @@ def test_shapes_of_the_paper_and_production():
   production, paper = benchmark.SHAPES["production"], benchmark.SHAPES["paper 6.25%"]
   assert (production.q, production.kv) == ((1, 4992, 12, 128), (1, 294 * 64, 12, 128))
   assert (production.prefix, production.listed, production.valid) == (60, 59, 60)
+  assert production.kv_short is None and production.pairs == 12 * 4992 * 119 * 60
+  packed = benchmark.SHAPES["packed"]
+  assert (packed.q, packed.kv) == ((1, 37 * 128, 12, 128), (1, 282 * 64, 12, 128))
+  assert (packed.prefix, packed.listed, packed.valid) == (60, 56, 64)
+  assert (packed.sizes == 8).sum() == 3 and packed.sizes.sum() == 60 * 64 + 3 * 4680
+  assert packed.pairs == round(12 * 37 * 128 * (60 * 64 + 56 * 4680 / 74))
   assert (paper.rows, paper.blocks * 64, paper.prefix * 64, paper.listed) == (4608, 65536, 4096, 60)
 
 
-def test_mosaic_lowers_at_production_size(monkeypatch):
+@pytest.mark.parametrize("name", ["production", "packed"])
+def test_mosaic_lowers_at_production_size(monkeypatch, name):
   monkeypatch.setattr(mosaic_sm90, "unsupported", lambda *_: None)
-  shape = benchmark.SHAPES["production"]
+  shape = benchmark.SHAPES[name]
   where = shape.batch, shape.heads, shape.tiles
   lists = random_lists(np.random.default_rng(0), where, shape.blocks, shape.prefix, shape.listed)
   q, kv = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (shape.q, shape.kv))

@@ -18,15 +18,18 @@ def poison(*arrays):
 
 
 # H 128 is one ragged quarter of the production shape, H 64 that of digits with keys of its own for the prefix. The
-# last shape has more tiles than an H100 has multiprocessors, so that those of its last round are cut into pieces.
+# last two have more tiles than an H100 has multiprocessors, so that those of their last round are cut into pieces.
 SHAPES = {
   "production": dict(b=1, tiles=13, n=3, h=128, blocks=160, kmax=41, prefix=20, valid=60, own_keys=False),
   "digits": dict(b=2, tiles=6, n=4, h=64, blocks=84, kmax=21, prefix=12, valid=48, own_keys=True),
   "rounds": dict(b=1, tiles=23, n=6, h=128, blocks=70, kmax=31, prefix=9, valid=60, own_keys=True),
+  "short": dict(
+    b=1, tiles=23, n=6, h=128, blocks=70, kmax=31, prefix=9, valid=64, own_keys=True, short=(range(4, 70, 5), 8)
+  ),
 }
 
 
-def problem(scale, *, b, tiles, n, h, blocks, kmax, prefix, valid, own_keys):
+def problem(scale, *, b, tiles, n, h, blocks, kmax, prefix, valid, own_keys, short=None):
   """Arrays to differentiate, pbsa with everything else bound, and cotangents of out and lse; some tile has an empty list."""
   rng = np.random.default_rng(int(scale))
   draw = lambda *s: jnp.asarray(rng.normal(size=s) * scale, jnp.bfloat16)
@@ -38,7 +41,7 @@ def problem(scale, *, b, tiles, n, h, blocks, kmax, prefix, valid, own_keys):
   def attend(implementation, q, k, v, prefix_k=None, **more):
     return pbsa(
       q, k, v, jnp.asarray(ids), jnp.asarray(counts), prefix_blocks=jnp.int32(prefix), prefix_k=prefix_k,
-      kv_valid=valid, return_lse=True, implementation=implementation, **more,
+      kv_valid=valid, kv_short=short, return_lse=True, implementation=implementation, **more,
     )  # fmt: skip
 
   cotangents = (
@@ -151,7 +154,7 @@ def test_mosaic_reads_nothing():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-@pytest.mark.parametrize("form", ["lists", "prefix and lists", "prefix alone"])
+@pytest.mark.parametrize("form", ["lists", "prefix and lists", "prefix alone", "prefix with short blocks"])
 def test_cudnn_equals_xla(scale, form):
   rng = np.random.default_rng(0)
   b, tiles, n, h, blocks, kmax, valid = 2, 6, 3, 64, 40, 20, 48
@@ -161,7 +164,8 @@ def test_cudnn_equals_xla(scale, form):
   lists = [bound + np.sort(rng.permutation(blocks - bound)[:kmax]) for _ in range(b * n * tiles)]
   ids = jnp.asarray(np.reshape(lists, (b, n, tiles, kmax)), jnp.int32)
   counts = jnp.asarray(rng.integers(1, kmax + 1, (b, n, tiles)), jnp.int32)
-  if form == "prefix alone":
+  short = (range(1, blocks, 2), 8) if form == "prefix with short blocks" else None
+  if form == "prefix alone" or short:
     ids, counts = ids[..., :0], 0 * counts
   prefix_k = draw(b, bound * 64, n, h) if form == "prefix and lists" else None
   g = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
@@ -170,7 +174,7 @@ def test_cudnn_equals_xla(scale, form):
 
     def f(q, k, v, prefix):
       out = pbsa(
-        q, k, v, ids, counts, prefix_blocks=prefix if bound else 0, prefix_k=prefix_k, kv_valid=valid,
+        q, k, v, ids, counts, prefix_blocks=prefix if bound else 0, prefix_k=prefix_k, kv_valid=valid, kv_short=short,
         implementation=implementation,
       )  # fmt: skip
       return (out.astype(jnp.float32) * g).sum(), out

@@ -14,7 +14,7 @@ from pallas_kernels.pbsa.lists import top_lists, transpose_lists
 from pallas_kernels.pbsa.mosaic_sm90 import Call, pbsa_mosaic
 from pallas_kernels.pbsa.mosaic_sm90_config import Config, heuristic, whole_and_pieces
 from pallas_kernels.pbsa.mosaic_sm90_forward import forward
-from tests.pbsa.oracle import oracle, random_lists
+from tests.pbsa.oracle import oracle, random_lists, slots_of
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def lists(seed, counts, first, blocks):
   return jnp.asarray(ids), jnp.asarray(counts)
 
 
-def oracle_gradients(q, k, v, ids, counts, dout, dlse, *, prefix_blocks, prefix_k, kv_valid, scale):
+def oracle_gradients(q, k, v, ids, counts, dout, dlse, *, prefix_blocks, prefix_k, kv_valid, kv_short=None, scale):
   """dq, dk, dv, dprefix_k in fp64."""
   q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
   keys = k.copy()
@@ -60,7 +60,7 @@ def oracle_gradients(q, k, v, ids, counts, dout, dlse, *, prefix_blocks, prefix_
     read = [*range(prefix_blocks), *np.asarray(ids[b, n, tile, : counts[b, n, tile]])]
     if not read:
       continue
-    slots = np.concatenate([np.arange(x * 64, x * 64 + kv_valid) for x in read])
+    slots = slots_of(read, kv_valid, kv_short)
     rows = slice(tile * 128, tile * 128 + 128)
     s = q[b, rows, n] @ keys[b, slots, n].T * scale
     p = np.exp(s - s.max(-1, keepdims=True))
@@ -193,6 +193,47 @@ def test_pieces_match_oracle(interpret, force, h, valid, prefix, own_keys, count
     assert not np.any(np.asarray(a)[w == 0])
 
 
+# Listed and in the prefix, as the first and the last block of a step, in one with a block past the end, alone in a tile.
+@pytest.mark.parametrize(
+  "h, valid, short, prefix, own_keys, counts, grad_range, pieces, settings",
+  [
+    (64, 64, (range(1, 8, 3), 8), 3, False, [[[4, 1]], [[0, 3]]], None, 1, Config()),
+    (64, 48, (range(0, 8, 2), 23), 2, True, [[[3, 5]]], None, 1, heuristic(64, 48)),
+    (128, 60, (range(5, 8), 1), 0, False, [[[5], [8]]], (3, 6), 3, Config(dq_width=2, dq_stages=3)),
+    (128, 64, (range(0, 1), 40), 1, True, [[[0, 2]]], None, 1, Config(forward_width=1)),
+  ],
+)
+def test_short_blocks_match_oracle(
+  interpret, force, h, valid, short, prefix, own_keys, counts, grad_range, pieces, settings
+):
+  blocks, (b, n, q) = 8, np.shape(counts)
+  force(0 if pieces > 1 else b * n * q, pieces)
+  shapes = [(b, q * 128, n, h), *[(b, blocks * 64, n, h)] * 2, *[(b, prefix * 64, n, h)] * own_keys]
+  x = draw(h + valid, *shapes)
+  for i, a in enumerate(x[1:], 1):
+    hole = np.ones(a.shape[1], bool)
+    hole[slots_of(range(a.shape[1] // 64), valid, short)] = False
+    x[i] = jnp.where(hole[:, None, None], 2.0**100, a)
+  dout, dlse = draw(8, (b, q * 128, n, h))[0], draw(9, (b, n, q * 128), dtype=jnp.float32)[0]
+  ids, counts = lists(7, counts, prefix, blocks)
+  call = Call(h**-0.5, valid, grad_range, settings, interpret, multiprocessors=1, kv_short=short)
+  f = lambda q, k, v, p=None: pbsa_mosaic(call, q, k, v, p, ids, counts, jnp.int32(prefix))
+  (out, lse), vjp = jax.vjp(f, *x)
+  got = vjp((dout, dlse))
+  assert no_races()
+  more = dict(prefix_blocks=prefix, prefix_k=x[3] if own_keys else None, kv_valid=valid, kv_short=short)
+  want, want_lse = oracle(*x[:3], ids, counts, **more)
+  close(out, want, 3e-3)
+  np.testing.assert_allclose(lse, want_lse, atol=2e-6)
+  want = oracle_gradients(*x[:3], ids, counts, dout, dlse, scale=call.scale, **more)
+  first, last = grad_range or (0, blocks)
+  for array in want[1:3]:
+    array[:, : first * 64], array[:, (last + 1) * 64 :] = 0, 0
+  for a, w in zip(got, want, strict=True):
+    close(a, w, 5e-3)
+    assert not np.any(np.asarray(a)[w == 0])
+
+
 def test_pieces_of_a_stacked_layer(interpret, force):
   force(1, 2)
   q, k, v, own = draw(3, (2, 128, 1, 64), *[(3, 2, 256, 1, 64)] * 2, (3, 2, 64, 1, 64))
@@ -312,18 +353,19 @@ def test_transposed_lists():
     assert list(tiles[b, n, block, : readers[b, n, block]]) == want
 
 
-PRODUCTION = dict(h=128, n=12, tiles=39, blocks=294, kmax=59, prefix=60, valid=60)
-DIGITS = dict(h=64, n=4, tiles=6, blocks=84, kmax=21, prefix=12, valid=48)
+PRODUCTION = dict(h=128, n=12, tiles=39, blocks=294, kmax=59, prefix=60, valid=60, short=None)
+PACKED = dict(h=128, n=12, tiles=37, blocks=282, kmax=56, prefix=60, valid=64, short=(range(133, 282, 74), 8))
+DIGITS = dict(h=64, n=4, tiles=6, blocks=84, kmax=21, prefix=12, valid=48, short=None)
 
 
-@pytest.mark.parametrize("shape", [PRODUCTION, DIGITS], ids=["production", "digits"])
+@pytest.mark.parametrize("shape", [PRODUCTION, PACKED, DIGITS], ids=["production", "packed", "digits"])
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("pieces", [1, 3], ids=["whole", "pieces"])
 def test_lowers_for_cuda(shape, gradient, pieces, force):
-  h, n, tiles, blocks, kmax, prefix, valid = shape.values()
+  h, n, tiles, blocks, kmax, prefix, valid, short = shape.values()
   force(20 if pieces > 1 else 2 * n * tiles, pieces)
   of = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
-  call = Call(h**-0.5, valid, None, heuristic(h, valid), multiprocessors=132)
+  call = Call(h**-0.5, valid, None, heuristic(h, valid), multiprocessors=132, kv_short=short)
   stack = () if gradient else (30,)
 
   def attend(q, k, v, prefix_k, ids, counts, prefix):
@@ -380,6 +422,9 @@ def test_no_hopper_falls_back():
   [
     (dict(prefix_blocks=3), "prefix_blocks: 3"),
     (dict(kv_grad_range=(1, 2)), r"kv_grad_range: \(1, 2\)"),
+    (dict(kv_short=(range(1, 3), 8)), r"kv_short: range\(1, 3\); want an ascending range in 0..1"),
+    (dict(kv_short=(range(1, -1, -1), 8)), "kv_short: range.* an ascending range"),
+    (dict(kv_short=(range(2), 61), kv_valid=60), "kv_short: 61 slots; want 1..60, kv_valid"),
     (dict(prefix_k=jnp.zeros((1, 192, 1, 64), jnp.bfloat16)), "prefix_k: 192 slots"),
   ],
 )

@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 
 from pallas_kernels.pbsa import pbsa, validate_lists
 from pallas_kernels.pbsa.cudnn import take_blocks
-from tests.pbsa.oracle import oracle, random_lists
+from tests.pbsa.oracle import oracle, random_lists, slots_of
 
 
 def make(seed, b=1, n=2, q=2, blocks=6, h=16, kmax=3, prefix=1):
@@ -28,14 +28,16 @@ def make(seed, b=1, n=2, q=2, blocks=6, h=16, kmax=3, prefix=1):
   kmax=st.sampled_from([1, 9]),
   prefix=st.sampled_from([0, 3]),
   kv_valid=st.sampled_from([48, 60, 64]),
+  kv_short=st.sampled_from([None, (range(2, 4), 1), (range(1, 11, 4), 40)]),
   traced=st.booleans(),
 )
-def test_matches_oracle(seed, b, q, blocks, kmax, prefix, kv_valid, traced):
+def test_matches_oracle(seed, b, q, blocks, kmax, prefix, kv_valid, kv_short, traced):
   qq, k, v, ids, counts = make(seed, b, 2, q, blocks, 16, kmax, prefix)
   validate_lists(ids, counts, blocks * 64)
   p = jnp.int32(prefix) if traced else prefix
-  out, lse = pbsa(qq, k, v, ids, counts, prefix_blocks=p, kv_valid=kv_valid, return_lse=True)
-  want, want_lse = oracle(qq, k, v, ids, counts, prefix_blocks=prefix, kv_valid=kv_valid)
+  kv_short = kv_short and (kv_short[0][: blocks // 2], kv_short[1])
+  out, lse = pbsa(qq, k, v, ids, counts, prefix_blocks=p, kv_valid=kv_valid, kv_short=kv_short, return_lse=True)
+  want, want_lse = oracle(qq, k, v, ids, counts, prefix_blocks=prefix, kv_valid=kv_valid, kv_short=kv_short)
   # fp32 dot products of 16 terms and softmax sums: a few hundred ulp at worst.
   np.testing.assert_allclose(out, want, atol=2e-5)
   np.testing.assert_allclose(lse, want_lse, atol=2e-5)
@@ -91,6 +93,29 @@ def test_gradients():
   counts[:] = 1
   f = lambda q, k, v: pbsa(q, k, v, ids, counts, prefix_blocks=1, kv_valid=60, return_lse=True)
   check_grads(f, (q, k, v), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def test_short_blocks():
+  """In the prefix, in its own keys and in lists: what lies behind their tokens is not read, and gets no gradient."""
+  q, k, v, ids, counts = make(14, h=4, kmax=2, prefix=3)
+  ids[:], counts[:], short = [3, 4], 2, (range(1, 6, 3), 7)  # blocks 1 and 4
+  pk = np.random.default_rng(15).standard_normal((1, 192, 2, 4)).astype(np.float32)
+  more = dict(prefix_blocks=3, kv_valid=60, kv_short=short)
+  f = jax.jit(lambda q, k, v, pk: pbsa(q, k, v, ids, counts, prefix_k=pk, return_lse=True, **more))
+  want = oracle(q, k, v, ids, counts, prefix_k=pk, **more)
+  poisoned = []
+  for x in (k, v, pk):
+    hole = np.ones(x.shape[1], bool)
+    hole[slots_of(range(x.shape[1] // 64), 60, short)] = False
+    poisoned.append(np.where(hole[:, None, None], 1e30, x).astype(np.float32))
+  for a, w in zip(f(q, *poisoned), want, strict=True):
+    np.testing.assert_allclose(a, w, atol=2e-5)
+  gradients = jax.grad(lambda *a: sum((y**2).sum() for y in f(q, *a)), (0, 1, 2))
+  for a, b, x in zip(gradients(*poisoned), gradients(k, v, pk), poisoned, strict=True):
+    np.testing.assert_array_equal(a, b)
+    assert not np.any(np.asarray(a)[x == 1e30])
+  assert np.any(np.asarray(gradients(k, v, pk)[2])[:, 64:71])
+  check_grads(f, (q, k, v, pk), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
 def test_kv_grad_range():

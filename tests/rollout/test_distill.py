@@ -18,6 +18,7 @@ from tests.rollout.toy import same_memory
 SHAPE = (4096, 2, 1, 2, 3)
 SPREAD = 0.7  # of real and of generated clips alike
 STUDENT = tiny(latent_size=(4, 6), tile=(1, 2, 3), layers=2, prediction="x0")
+PACKED = dataclasses.replace(STUDENT, tile=(3, 1, 1), block_tokens=7)  # 2 blocks, a short one of 4 and an empty one
 MEMORY = MemoryConfig(window=1, persistent=3, top_k=0.5, rope_cap=4)  # what a chunk reads of the past is P
 FEW = SamplerConfig("few_step", steps=3, shift=5.0)
 LAST = dataclasses.replace(FEW, commit="last")
@@ -152,11 +153,12 @@ def play(
   before=None,
   beginning=None,
   sampler=FEW,
+  model=STUDENT,
 ):
-  before = rollout.start(STUDENT, memory, params, text) if before is None else before
+  before = rollout.start(model, memory, params, text) if before is None else before
   key, samples = jax.random.key(11), jnp.arange(len(text))
   return rollout.self_forcing(
-    STUDENT, memory, sampler, params, before, key, samples, chunks, exit_step, cache_gradient, beginning
+    model, memory, sampler, params, before, key, samples, chunks, exit_step, cache_gradient, beginning
   )
 
 
@@ -165,54 +167,60 @@ def real_chunks(videos, chunks):
 
 
 @pytest.mark.parametrize(
-  "memory",
+  ("memory", "model"),
   [
-    MEMORY,
-    MemoryConfig(window=1),
-    MemoryConfig(window=3),
-    MemoryConfig(window=4),
-    MemoryConfig(window=2, persistent=5, top_k=0.3, sink_chunks=1),
-    MemoryConfig(window=2, persistent=4, top_k=0.4, rope_cap=7, sharing="layer", novelty=2.0),
+    (MEMORY, STUDENT),
+    (MemoryConfig(window=1), STUDENT),
+    (MemoryConfig(window=3), STUDENT),
+    (MemoryConfig(window=4), STUDENT),
+    (MemoryConfig(window=2, persistent=5, top_k=0.3, sink_chunks=1), STUDENT),
+    (MemoryConfig(window=2, persistent=4, top_k=0.4, rope_cap=7, sharing="layer", novelty=2.0), STUDENT),
+    (MemoryConfig(window=3), PACKED),
+    (MemoryConfig(window=2, persistent=3, top_k=0.6, sink_chunks=1), PACKED),
+    (MemoryConfig(window=2, persistent=3, top_k=0.6, rope_cap=7, sharing="layer", novelty=2.0), PACKED),
   ],
 )
-def test_the_last_exit_is_the_rollout(student, memory):
+def test_the_last_exit_is_the_rollout(student, memory, model):
   """After two chunks of a video, from which blocks come into P; the chunks done side by side are those done in turn."""
   params, text = student
 
   @jax.jit
   def both():
-    empty = rollout.start(STUDENT, memory, params, text)
-    go = lambda m, n: rollout.rollout(STUDENT, memory, FEW, params, m, jax.random.key(11), jnp.arange(1), n)
+    empty = rollout.start(model, memory, params, text)
+    go = lambda m, n: rollout.rollout(model, memory, FEW, params, m, jax.random.key(11), jnp.arange(1), n)
     before = go(empty, 2)[1]
-    return play(params, text, FEW.steps - 1, memory=memory, before=before), go(before, 3), play(params, text, 0)[0]
+    late = play(params, text, FEW.steps - 1, memory=memory, before=before, model=model)
+    return late, go(before, 3), play(params, text, 0, model=model)[0]
 
   (x, after, looks), (want, last), early = both()
   np.testing.assert_allclose(x, want, atol=1e-5 * float(jnp.abs(want).max()))
   np.testing.assert_array_equal(after.origin, last.origin)
   np.testing.assert_allclose(after.k, last.k, atol=1e-4)
-  nb = STUDENT.layout.blocks
+  nb = model.layout.blocks
   ring = memory.persistent + (4 % memory.window) * nb  # where the fifth chunk lies
   np.testing.assert_array_equal(looks.keys[:, :, -1], after.pooled[:, :, ring : ring + nb])
   assert np.abs(early - x).max() > 1e-2
 
 
-def unrolled(params, text, exit_step, cache_gradient, memory_config, frozen=None, chunks=3, real=(), sampler=FEW):
+def unrolled(
+  params, text, exit_step, cache_gradient, memory_config, frozen=None, chunks=3, real=(), sampler=FEW, model=STUDENT
+):
   """The same written out chunk by chunk, what is constant handed in: a plain function of params.
 
   real: latents of the first chunks, if these are given. Returns (clips, constants, memory).
   """
-  memory, clips, made = rollout.start(STUDENT, memory_config, params, text), [], []
+  memory, clips, made = rollout.start(model, memory_config, params, text), [], []
   key, level = jax.random.key(11), lambda i: jnp.full((1, 3), FEW.sigmas[i])
   for t in range(chunks):
-    memory = kv.per_layer(kv.begin_chunk, STUDENT, memory_config, memory)
+    memory = kv.per_layer(kv.begin_chunk, model, memory_config, memory)
     step = lambda x, i, m=memory: rollout._forward(
-      STUDENT, memory_config, params, m, x, level(i), commit=True
+      model, memory_config, params, m, x, level(i), commit=True
     )  # tells its k and v
     if frozen is None:
       keys = rollout.chunk_keys(key, jnp.arange(1), t)
-      x = jax.random.normal(jax.random.fold_in(keys[0], 0), (1, 3, *STUDENT.latent_size, STUDENT.latent_channels))
+      x = jax.random.normal(jax.random.fold_in(keys[0], 0), (1, 3, *model.latent_size, model.latent_channels))
       for i in range(exit_step):
-        x = few_step(STUDENT, FEW, x, step(x, i)[0], i, keys)
+        x = few_step(model, FEW, x, step(x, i)[0], i, keys)
     else:
       x = frozen[t]["x"]
     x0, _, (_, own) = step(x, exit_step)  # it predicts x0
@@ -230,7 +238,7 @@ def unrolled(params, text, exit_step, cache_gradient, memory_config, frozen=None
       clean, was = frozen[t]["clean"], frozen[t]["own"]
       if cache_gradient == "straight_through" and t >= len(real):
         clean = clean._replace(k=clean.k + own.k - was.k, v=clean.v + own.v - was.v)
-    memory = kv.per_layer(kv.commit_chunk, STUDENT, memory_config, memory, clean)
+    memory = kv.per_layer(kv.commit_chunk, model, memory_config, memory, clean)
     clips.append(x0)
   return jnp.stack(clips, 1), made, memory
 
@@ -258,20 +266,28 @@ def test_the_memory_of_a_kept_last_step_is_that_of_sampling(student):
 
 
 @pytest.mark.parametrize(
-  ("memory", "sampler", "exit_step"), [(MEMORY, FEW, 1), (MemoryConfig(window=2), FEW, 1), (MEMORY, LAST, 0)]
+  ("memory", "sampler", "exit_step", "model"),
+  [
+    (MEMORY, FEW, 1, STUDENT),
+    (MemoryConfig(window=2), FEW, 1, STUDENT),
+    (MEMORY, LAST, 0, STUDENT),
+    (MemoryConfig(window=2, persistent=3, top_k=0.6, rope_cap=4), FEW, 1, PACKED),
+  ],
 )
-def test_gradient_is_that_of_a_plain_function(student, memory, sampler, exit_step):
+def test_gradient_is_that_of_a_plain_function(student, memory, sampler, exit_step, model):
   """By autodiff of the function written out, in which nothing is stopped, and by finite differences of it."""
   params, text = student
   found = {}
   target = jax.random.normal(jax.random.key(12), (1, 3, 3, 4, 6, 3))
   error = lambda x: ((x - target) ** 2).mean()
-  frozen = jax.jit(lambda p: unrolled(p, text, exit_step, None, memory, sampler=sampler)[1])(params)
+  more = dict(sampler=sampler, model=model)
+  frozen = jax.jit(lambda p: unrolled(p, text, exit_step, None, memory, **more)[1])(params)
   for how in rollout.CACHE_GRADIENTS:
     value, grads = jax.jit(
-      jax.value_and_grad(lambda p, how=how: error(play(p, text, exit_step, how, memory=memory, sampler=sampler)[0]))
+      jax.value_and_grad(lambda p, how=how: error(play(p, text, exit_step, how, memory=memory, **more)[0]))
     )(params)
-    plain = jax.jit(jax.value_and_grad(lambda p, how=how: error(unrolled(p, text, exit_step, how, memory, frozen)[0])))
+    of = lambda p, how=how: error(unrolled(p, text, exit_step, how, memory, frozen, model=model)[0])
+    plain = jax.jit(jax.value_and_grad(of))
     want_value, want = plain(params)
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     norm = optax.tree.norm(want)

@@ -1,6 +1,7 @@
 """Slots in float8: the memory of the model's dtype, rounded block by block when a chunk is committed, and nothing else."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,10 @@ def rounded(x):
   return kv.widen(MODEL, *kv.narrow(x))
 
 
-def play(cfg, params, text, sampler=FEW, between=lambda m: m, chunks=CHUNKS):
+def play(cfg, params, text, sampler=FEW, between=lambda m: m, chunks=CHUNKS, model=MODEL):
   """Latents and memories of every chunk; `between`: what becomes of the memory after each."""
-  chunk = jax.jit(lambda m: rollout.rollout_chunk(MODEL, cfg, sampler, params, m, KEY, jnp.arange(2), in_place=True))
-  memory, made, memories = rollout.start(MODEL, cfg, params, text[:2]), [], []
+  chunk = jax.jit(lambda m: rollout.rollout_chunk(model, cfg, sampler, params, m, KEY, jnp.arange(2), in_place=True))
+  memory, made, memories = rollout.start(model, cfg, params, text[:2]), [], []
   for _ in range(chunks):
     x, memory = chunk(memory)
     memory = between(memory)
@@ -70,16 +71,18 @@ def test_rounding_errs_by_what_float8_has_no_room_for(dtype):
 
 
 @pytest.mark.parametrize("commit", ["clean", "last"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, "packed"])
 def test_the_rollout_is_that_of_a_memory_rounded_after_each_chunk(name, commit, params, text):
   """Origins and scores too: what is evicted takes its scales along."""
   if commit == "last" and name != "sparse":
     pytest.skip("one config is enough")
-  cfg, sampler = CONFIGS[name], dataclasses.replace(FEW, commit=commit)
+  cfg, sampler = CONFIGS.get(name, MEMORY), dataclasses.replace(FEW, commit=commit)
+  model = dataclasses.replace(MODEL, tile=(3, 1, 1), block_tokens=7) if name == "packed" else MODEL
+  run = functools.partial(play, model=model)
   between = lambda m: m.replace(k=rounded(m.k), v=rounded(m.v))
-  want, after = play(cfg, params, text, sampler, between)
-  got, memories = play(float8(cfg), params, text, sampler)
-  plain, usual = play(cfg, params, text, sampler)
+  want, after = run(cfg, params, text, sampler, between)
+  got, memories = run(float8(cfg), params, text, sampler)
+  plain, usual = run(cfg, params, text, sampler)
   np.testing.assert_array_equal(got[0], plain[0])  # all that the first chunk reads is its own
   assert distance(got, want) <= 1e-5 and distance(got[1:], plain[1:]) > 1e-3
   for m, w in zip(memories, after, strict=True):

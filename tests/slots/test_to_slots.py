@@ -16,11 +16,11 @@ from pallas_kernels.slots import api, mosaic_sm90, to_slots
 EPS = 1e-6
 
 
-def draw(dtype, b=1, blocks=2, valid=60, n=2, h=128, layers=2, chunks=3):
-  """Arguments of `to_slots`: a cache of random numbers, the second layer, the second chunk."""
+def draw(dtype, b=1, blocks=2, valid=60, n=2, h=128, layers=2, chunks=3, short=0):
+  """Arguments of `to_slots`: a cache of random numbers, the second layer, the second chunk; the last block may be short."""
   rng = np.random.default_rng(blocks * valid + n)
   normal = lambda *s, scale=1.0: jnp.asarray(rng.normal(size=s) * scale, dtype)
-  t, d = blocks * valid, n * h
+  t, d = blocks * valid - (valid - short) * (short > 0), n * h
   angles = rng.uniform(0, 2 * np.pi, (t, h // 2))
   cos, sin = (jnp.asarray(x, jnp.float32) for x in (np.cos(angles), np.sin(angles)))
   products = [normal(b, t, d, scale=s) for s in (3, 0.5, 1)]
@@ -41,9 +41,13 @@ def oracle(valid, q, k, v, vectors, cos, sin, k_slots, v_slots, layer, first):
     turn = (wide(cos) + 1j * wide(sin))[:, None]
     z = (y[..., 0] + 1j * y[..., 1]) * turn
     turned.append(np.stack([z.real, z.imag], -1).reshape(x.shape))
-  blocks = np.stack([*turned, v]).reshape(3, q.shape[0], -1, valid, n, h)
+  blocks = np.stack([*turned, v])
+  blocks = np.pad(blocks, [(0, 0)] * 2 + [(0, -blocks.shape[2] % valid), (0, 0)])
+  blocks = blocks.reshape(3, q.shape[0], -1, valid, n, h)
+  sizes = np.full(blocks.shape[2], valid)
+  sizes[-1] = (q.shape[1] - 1) % valid + 1
   empty = [(0, 0)] * 2 + [(0, blocks.shape[2] % 2)]
-  means = np.pad(rounded(blocks).mean(3), [*empty, (0, 0), (0, 0)])
+  means = np.pad(rounded(blocks).sum(3) / sizes[:, None, None], [*empty, (0, 0), (0, 0)])
   packed = np.pad(blocks, [*empty, (0, BLOCK - valid), (0, 0), (0, 0)])
   q, k, v = packed.reshape(3, q.shape[0], -1, n, h)
   k_slots, v_slots = wide(k_slots).copy(), wide(v_slots).copy()
@@ -70,9 +74,9 @@ def check(got, want, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("blocks", "valid"), [(2, 60), (3, 48), (2, 64)])
-def test_xla_equals_numpy(blocks, valid, dtype):
-  x = draw(dtype, b=2, blocks=blocks, valid=valid, n=3, h=64, chunks=4)
+@pytest.mark.parametrize(("blocks", "valid", "short"), [(2, 60, 0), (3, 48, 0), (2, 64, 0), (2, 64, 8), (3, 60, 1)])
+def test_xla_equals_numpy(blocks, valid, short, dtype):
+  x = draw(dtype, b=2, blocks=blocks, valid=valid, short=short, n=3, h=64, chunks=4)
   check(to_slots(*x, valid=valid, eps=EPS, implementation="xla"), oracle(valid, *x), dtype)
 
 
@@ -89,22 +93,32 @@ def test_rows_past_the_tokens_are_not_read():
 
 
 @pytest.mark.parametrize(
-  "shape", [dict(valid=60, n=2, h=128), dict(b=2, valid=16, n=4, h=64), dict(valid=64, n=2, h=128)]
+  "shape",
+  [
+    dict(valid=60, n=2, h=128),
+    dict(b=2, valid=16, n=4, h=64),
+    dict(valid=64, n=2, h=128),
+    dict(b=2, valid=64, short=8, n=2, h=128),
+    dict(valid=12, short=10, n=2, h=64, blocks=4),
+  ],
 )
 def test_the_kernel_in_the_interpreter(shape):
   x, valid = draw(jnp.bfloat16, **shape), shape["valid"]
   try:
     *slots, sums = mosaic_sm90.to_slots(valid, EPS, *longer(x), interpret=plgpu.InterpretGPUParams(detect_races=True))
-    check((*slots, sums.sum(3) / valid), oracle(valid, *x), jnp.bfloat16)
+    check((*slots, api._means(sums.sum(3), x[4].shape[0], valid)), oracle(valid, *x), jnp.bfloat16)
     assert not interpreter.get_races().races_found
   finally:
     interpreter.reset_gpu_interpret_mode_state()
 
 
-@pytest.mark.parametrize(("n", "h", "valid", "blocks"), [(12, 128, 60, 78), (40, 128, 60, 78), (6, 64, 48, 16)])
-def test_lowers_for_cuda(n, h, valid, blocks):
+@pytest.mark.parametrize(
+  ("n", "h", "valid", "blocks", "short"),
+  [(12, 128, 60, 78, 0), (40, 128, 60, 78, 0), (6, 64, 48, 16, 0), (12, 128, 64, 74, 8), (40, 128, 64, 74, 8)],
+)
+def test_lowers_for_cuda(n, h, valid, blocks, short):
   of = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
-  t, d, slots = blocks * valid, n * h, 3 * blocks * BLOCK
+  t, d, slots = blocks * valid - (valid - short) * (short > 0), n * h, 3 * blocks * BLOCK
   angles, number = of(t, h // 2, dtype=jnp.float32), of(dtype=jnp.int32)
   x = *[of(1, t, d)] * 3, of(5, d), angles, angles, *[of(4, 1, slots, n, h)] * 2, number, number
   kernel = jax.jit(functools.partial(mosaic_sm90.to_slots, valid, EPS), donate_argnums=(6, 7))
@@ -115,7 +129,9 @@ def test_lowers_for_cuda(n, h, valid, blocks):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [dict(), dict(n=40), dict(b=2, valid=48, n=6, h=64, blocks=16)])
+@pytest.mark.parametrize(
+  "shape", [dict(), dict(n=40), dict(b=2, valid=48, n=6, h=64, blocks=16), dict(blocks=74, valid=64, short=8)]
+)
 def test_the_kernel_on_a_gpu(shape):
   shape = dict(blocks=78, n=12, chunks=2) | shape
   x, valid = draw(jnp.bfloat16, **shape), shape.get("valid", 60)
@@ -162,8 +178,8 @@ def test_wrong_arguments(argument, change, line):
 
 def test_wrong_blocks():
   x = draw(jnp.float32)
-  with pytest.raises(ValueError, match="valid: 50; want 1..64, a divisor of T = 120"):
-    to_slots(*x, valid=50, eps=EPS)
+  with pytest.raises(ValueError, match="valid: 65; want 1..64"):
+    to_slots(*x, valid=65, eps=EPS)
   with pytest.raises(ValueError, match="k_slots: S = 64"):
     to_slots(*x[:6], *(a[:, :, :64] for a in x[6:8]), *x[8:], valid=60, eps=EPS)
 
@@ -181,7 +197,8 @@ def test_what_the_kernel_cannot_do(monkeypatch):
     (dict(), "q: dtype float32; mosaic_sm90 wants bfloat16"),
     (dict(dtype=jnp.bfloat16, n=42), "q: 42 heads of 128"),
     (dict(dtype=jnp.bfloat16, n=3), "q: 3 heads of 128; mosaic_sm90 wants an even number"),
-    (dict(dtype=jnp.bfloat16, blocks=3), "valid: 3 blocks of 60"),
+    (dict(dtype=jnp.bfloat16, blocks=3), "valid: 3 blocks of 60; mosaic_sm90 wants even"),
+    (dict(dtype=jnp.bfloat16, short=7), "valid: 2 blocks of 60, 7 in the last; mosaic_sm90 wants even"),
   ):
     with pytest.raises(NotImplementedError, match=line):
       ask(*draw(**(dict(dtype=jnp.float32, chunks=4) | other)))
