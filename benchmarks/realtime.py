@@ -161,7 +161,7 @@ def measure(parts: Parts, memory: MemoryConfig, chunks: int, streams: int = 1) -
 def summary(parts: Parts, memory: MemoryConfig, times: np.ndarray, streams: int = 1) -> dict:
   """What follows from the times of the videos' first chunks; frames are those of all of them."""
   model = parts.config.model
-  full = memory.window + math.ceil(memory.persistent / model.layout.blocks)
+  full = memory.window + math.ceil(memory.persistent / max(1, model.layout.whole_blocks))
   full = full if full < len(times) else min(1, len(times) - 1)
   per_chunk, steady = streams * model.chunk_frames * parts.codec.time, np.median(times[full:], 0)
   return {

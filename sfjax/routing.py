@@ -183,7 +183,10 @@ def tile_means(layout: BlockLayout, q_pooled: Float[Array, "*B Q I N H"]) -> Flo
   if q_pooled.shape[-3] == 1:
     return q_pooled[..., 0, :, :]
   weights = _weights(layout, math.isqrt(q_pooled.shape[-3] // 2))[..., None, None]
-  return ((q_pooled.astype(jnp.float32) * weights).sum(-3) / weights.sum(-3)).astype(jnp.bfloat16)
+  x = q_pooled.astype(jnp.float32)
+  if layout.short:  # else all that hold tokens weigh the same, and what holds none is zero
+    x = x * weights
+  return (x.sum(-3) / weights.sum(-3)).astype(jnp.bfloat16)
 
 
 def block_scores(q_pooled: Float[Array, "B Q N H"], k_pooled: Float[Array, "B R N H"]) -> Float[Array, "B N Q R"]:

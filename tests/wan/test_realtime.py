@@ -16,7 +16,7 @@ from sfjax.parts import around
 
 TINY = [
   *("dim=64 layers=2 heads=2 ffn_dim=96 text_dim=32 text_len=48 freq_dim=32".split()),
-  "latent_size=(8,12)", "tile=(3,2,2)", "dtype=float32",
+  "latent_size=(8,12)", "tile=(3,2,2)", "block_tokens=13", "dtype=float32",
 ]  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def test_a_row_for_every_attention_and_length(tmp_path, capsys):
     assert (times[:, 0] < times[:, 1]).all()
     chunks = 5 if seconds == 3 else 2
     assert row["chunks"] == chunks and row["measured"]
-    full = 3 if attention == "sparse" and chunks == 5 else 1  # a window of 2, and 4 of a chunk's 6 blocks
+    full = 3 if attention == "sparse" and chunks == 5 else 1  # a window of 2, and 4 of a chunk's 5 whole blocks
     steady = np.median(times[full:chunks], 0)
     np.testing.assert_allclose([row["fps_denoiser"], row["fps_end_to_end"]], 12 / steady)
   for run in runs.values():
