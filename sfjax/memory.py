@@ -296,8 +296,7 @@ def route(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, q_pooled: Float[Ar
   c = cfg.persistent
   own = ring_block(model, cfg, m.chunk) - c
   valid = m.origin[0, 0, c:] >= 0
-  ids, counts = route_window(cfg, model.layout, q_pooled, m.pooled[:, c:], valid, m.chunk, own)
-  return c + ids, counts
+  return route_window(cfg, model.layout, q_pooled, m.pooled[:, c:], valid, m.chunk, own, c)
 
 
 def persistent_keys(model: ModelConfig, cfg: MemoryConfig, m: KVMemory) -> Float[Array, "B CS N H"] | None:

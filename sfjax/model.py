@@ -381,13 +381,27 @@ class DiT(nnx.Module):
     return out, carry, aux
 
   def attended(self, x, t, chunk, text_kv, attend, layer_inputs=None, carry=None):
-    """The carry and aux of `__call__` for a pass whose prediction nobody wants: it ends with the last layer's attention."""
+    """The carry and aux of `__call__` for a pass whose prediction nobody wants: it ends with the last layer's attention.
+
+    Forward only.
+    """
     h, _, layer, inputs = self._entered(x, t, chunk, text_kv, attend, layer_inputs)
-    at = lambda i: jax.tree.map(lambda x: x[i], inputs)
     last = self.cfg.layers - 1
-    (h, carry), aux = jax.lax.scan(lambda state, i: layer(state, at(i)), (h, carry), jnp.arange(last))
-    (_, carry), end = layer((h, carry), at(last))  # what of it nobody reads is not compiled
-    return carry, jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), aux, end)
+    at = lambda i: jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False, allow_negative_indices=False), inputs
+    )
+    put = lambda all, own, i: jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), all, own)
+
+    def step(state):  # a loop's own counter: of slices at another number XLA makes copies
+      i, h, carry, aux = state
+      (h, carry), own = layer((h, carry), at(i))
+      return i + 1, h, carry, put(aux, own, i)
+
+    one = jax.eval_shape(lambda: layer((h, carry), at(0))[1])
+    aux = jax.tree.map(lambda x: jnp.zeros((last + 1, *x.shape), x.dtype), one)
+    i, h, carry, aux = jax.lax.while_loop(lambda state: state[0] < last, step, (jnp.int32(0), h, carry, aux))
+    (_, carry), own = layer((h, carry), at(last))  # what of it nobody reads is not compiled
+    return carry, put(aux, own, last)
 
   def _entered(self, x, t, chunk, text_kv, attend, layer_inputs):
     """A pass up to its layers: rows h [B,G,T,D], the time e [B,G,F,D], the function of a layer for a scan, and its inputs."""
@@ -406,25 +420,28 @@ class DiT(nnx.Module):
 
     h = self.patch_embedding(layout.to_tiles(patchify(x.astype(dtype), cfg.patch))).astype(dtype)
     graph, stacked = nnx.split(self.blocks)
-    stacked, unpack = _pack_vectors(stacked, jnp.dtype(cfg.param_dtype))
+    stacked, unpack = _pack_vectors(stacked, jnp.dtype(cfg.param_dtype), cfg.dim)
+    *cross, distinct = text_kv
+    distinct = distinct[0]  # of no layer alone
 
     def layer(state, inputs):
       h, carry = state
       params, kv, extra = inputs
       block = nnx.merge(graph, unpack(params))
-      h, carry, aux = block(h, e0, turn, kv, lambda b, *x: attend(b, carry, extra, *x))
+      h, carry, aux = block(h, e0, turn, (*kv, distinct), lambda b, *x: attend(b, carry, extra, *x))
       return (h, carry), aux
 
-    return h, e, _remat(layer, cfg.remat), (stacked, text_kv, layer_inputs)
+    return h, e, _remat(layer, cfg.remat), (stacked, cross, layer_inputs)
 
 
-def _pack_vectors(stacked, dtype):
-  """A stack of layers with all its vectors and numbers of that dtype in one array, and the way back for a layer's slice of it.
+def _pack_vectors(stacked, dtype, widest: int):
+  """A stack of layers with its vectors and numbers of that dtype in one array, and the way back for a layer's slice of it.
 
-  A loop slices every array of the stack in a kernel of its own, which for a vector takes longer to start than to run.
+  A loop slices every array of the stack in a kernel of its own, which for a vector takes longer to start than to run. Wider
+  vectors stay as they are: they join a product, for which they would have to be cut out again.
   """
   leaves, tree = jax.tree.flatten(stacked)
-  vectors = {i: x.shape[1] for i, x in enumerate(leaves) if x.ndim == 2 and x.dtype == dtype}
+  vectors = {i: x.shape[1] for i, x in enumerate(leaves) if x.ndim == 2 and x.dtype == dtype and x.shape[1] <= widest}
   numbers = [i for i, x in enumerate(leaves) if x.ndim == 1 and x.dtype == dtype]
   packed = jnp.concatenate([*(leaves[i] for i in vectors), *(leaves[i][:, None] for i in numbers)], 1)
 

@@ -139,7 +139,8 @@ def commit(
   """
   sigma = jnp.zeros(x.shape[:2]) if sigma is None else sigma
   x, sigma = (jnp.concatenate([a] * (memory.k.shape[1] // a.shape[0])) for a in (x, sigma))
-  slots, (_, update) = attended(model, params, *_pass(model, cfg, memory, x, sigma, True, **how))
+  over = _pass(model, cfg, memory, x, sigma, True, **how)
+  *_, slots, (_, update) = (attended if how.get("in_place") else apply)(model, params, *over)
   return kv.per_layer(kv.commit_chunk, model, cfg, memory.replace(**slots or {}), update)
 
 

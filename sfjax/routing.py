@@ -326,21 +326,23 @@ def route_window(
   valid: Bool[Array, " X"],
   chunk: Int32[Array, ""],
   own: int | Int32[Array, ""],
+  begin: int = 0,
 ) -> tuple[Int32[Array, "B N Q K"], Int32[Array, "B N Q"]]:
   """The window blocks each query tile reads: its own two, then the best; of equals, the oldest.
 
   Args:
     k_pooled, valid: the window's blocks, chunks in a ring: the chunk's own begin at `own`, behind them come the oldest.
+    begin: id of the first of them.
 
   Returns:
-    Positions in the window, ascending (X past the end), and how many count.
+    Their ids, ascending (begin + X past the end), and how many count.
   """
   x, nb = k_pooled.shape[1], layout.blocks
   s = block_mass(layout, q_pooled, k_pooled, valid)
   mine = jnp.arange(x) - own
   s = jnp.where(mine // 2 == jnp.arange(nb // 2)[:, None], jnp.inf, s)
   budget = cfg.full_k(layout) + cfg.persistent - cfg.persistent_count(layout, chunk)
-  return top_lists(jnp.where(valid, s, -jnp.inf), budget, cfg.max_k(layout), (own + nb) % x)
+  return top_lists(jnp.where(valid, s, -jnp.inf), budget, cfg.max_k(layout), (own + nb) % x, begin)
 
 
 def capped_turn(cfg: MemoryConfig, age: Int32[Array, "*A"]) -> Int32[Array, "*A"]:

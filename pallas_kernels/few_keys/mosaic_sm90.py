@@ -41,11 +41,13 @@ def few_keys(q, k, v, distinct, interpret=None):
   (b, t, n, h), m = q.shape, k.shape[1]
   call, tiles = Call(h**-0.5, KEYS, interpret=interpret), -(-t // ROWS)
 
-  def few_keys(q_ref, k_ref, v_ref, distinct_ref, weight_ref, out_ref, smem, barriers):
+  def few_keys(q_ref, k_ref, v_ref, distinct_ref, out_ref, smem, barriers):
     q_s, k_s, v_s = smem
     q_full, k_full, v_full = barriers
     batch, head, tile = (lax.axis_index(x) for x in ("batch", "head", "tile"))
-    differ, weight = distinct_ref[batch], weight_ref[batch]
+    differ = distinct_ref[batch]
+    alike = parts.filled((ROWS,), (m + 1 - differ).astype(jnp.float32), parts.BY_ROW)
+    weight = parts.over_columns(jnp.log(alike) * LOG2E, (ROWS, KEYS))
     first = parts.row(
       batch * t, jnp.minimum(tile * ROWS, t - ROWS)
     )  # where T is no multiple the last tile begins early
@@ -106,5 +108,5 @@ def few_keys(q, k, v, distinct, interpret=None):
     warpgroups=1,
     smem=(parts.tiled((ROWS, h), q.dtype), *[parts.tiled((KEYS, h), q.dtype)] * 2),
     barriers=[plgpu.Barrier()] * 3,
-  )(*map(parts.flat, (q, k, v)), distinct, jnp.log2(m + 1 - distinct.astype(jnp.float32)))
+  )(*map(parts.flat, (q, k, v)), distinct)
   return out.reshape(q.shape)

@@ -55,20 +55,22 @@ def top_lists(
   budget: int | Int32[Array, ""],
   size: int,
   first: int | Int32[Array, ""] = 0,
+  begin: int = 0,
 ) -> tuple[Int32[Array, "*B {size}"], Int32[Array, "*B"]]:
   """The best entries of every row as a list for `pbsa`; -inf is never listed. No gradient.
 
   Args:
     budget: how many at most. size: length of the lists, at least as many as are ever listed.
     first: of equals, the one is listed that is met first from here on, round the end of the row.
+    begin: id of a row's first entry.
 
   Returns:
-    ids, ascending, X past the end, and how many count.
+    ids, ascending, begin + X past the end, and how many count.
   """
   x, scores = scores.shape[-1], jax.lax.stop_gradient(scores)
   best, index = jax.lax.top_k(jnp.roll(scores, -first, -1), size)
   listed = (best > -jnp.inf) & (jnp.arange(size) < budget)
-  ids = jnp.where(listed, (index + first) % x, x)
+  ids = begin + jnp.where(listed, (index + first) % x, x)
   return jnp.sort(ids, -1).astype(jnp.int32), listed.sum(-1, dtype=jnp.int32)
 
 
