@@ -34,6 +34,7 @@ from sfjax.routing import (
   select_persistent,
   tile_means,
 )
+from sfjax.tiles import BlockLayout
 
 
 def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix_k=None, keep=False):
@@ -79,10 +80,18 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       own = jax.lax.dynamic_slice_in_dim(m.pooled, kv.ring_block(model, cfg, m.chunk), nb, 1)
       score = kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled)
       update = kv.Commit(*((k, v) if slots is None else (None, None)), own, score)
-    out = layout.unpack(block.self_attn.out(out))[:, None]
+    out = _projected(layout, block, out)[:, None]
     return out, slots and kv.closed(model, cfg, slots, m, index, commit), (read, update)
 
   return attend
+
+
+def _projected(layout: BlockLayout, block, x: Float[Array, "*B S N H"]) -> Float[Array, "*B T D"]:
+  """The output projection of rows in slots, as tokens: taken out of their slots first where that moves none."""
+  if layout.valid < BLOCK:
+    return layout.unpack(block.self_attn.out(x))
+  tokens = layout.unpack(x.reshape(*x.shape[:-2], -1))
+  return block.self_attn.out(tokens.reshape(*tokens.shape[:-1], *x.shape[-2:]))
 
 
 class Read(NamedTuple):
@@ -194,7 +203,7 @@ def replayed_attention(
     rows = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, heads, -1, *x.shape[4:])
     holes = dict(kv_valid=layout.valid, kv_short=layout.short_blocks(cfg.window + 2 * n, c))
     out = pbsa(flat(q), jnp.concatenate(keys, 1), jnp.concatenate(values, 1), rows(ids), rows(counts), **holes)
-    out = layout.unpack(block.self_attn.out(out.reshape(q.shape)))
+    out = _projected(layout, block, out.reshape(q.shape))
     return out, carry, None
 
   return attend
@@ -267,7 +276,7 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
       keys = jnp.concatenate([keys, turn_forward(gather(keys), delta)], 1)
       values = jnp.concatenate([values, gather(values)], 1)
     out = pbsa(flat(q), keys, values, own(plan.ids), own(plan.counts), **holes)
-    out = layout.unpack(block.self_attn.out(out.reshape(b, streams, layout.slots, heads, dim)))
+    out = _projected(layout, block, out.reshape(b, streams, layout.slots, heads, dim))
     return out, carry, plan._replace(importance_loss=loss)
 
   return attend
