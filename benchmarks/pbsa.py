@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK, TILE, pbsa
 from pallas_kernels.pbsa.timing import BURST, random_lists, timed
+from sfjax import wan
 from sfjax.errors import Parser, UserError, command
 from sfjax.memory import KVMemory, route
 from sfjax.model import ModelConfig
@@ -118,11 +119,11 @@ def training_shape(model: ModelConfig, memory: MemoryConfig, batch: int, chunks:
   return Shape(batch, blocks // 2, model.heads, model.head_dim, blocks, 0, listed, model.layout.valid)
 
 
-MEMORY = MemoryConfig(window=3, persistent=60, top_k=0.25)
+MEMORY = MemoryConfig(window=3, persistent=60, top_k=0.25)  # of all records
 TILES = dict(tile=(3, 5, 4), block_tokens=0)  # a block is a tile, 60 of 64 slots, as in all records
 SHAPES = {
   "production": rollout_shape(ModelConfig.wan_1_3b(**TILES), MEMORY),
-  "packed": rollout_shape(ModelConfig.wan_1_3b(), MEMORY),
+  "packed": rollout_shape(ModelConfig.wan_1_3b(), wan.MEMORY["sparse"]),
   "paper 6.25%": paper_shape(65536, 0.0625),
   "paper 12.5%": paper_shape(65536, 0.125),
   "paper 25%": paper_shape(65536, 0.25),

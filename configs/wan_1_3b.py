@@ -1,6 +1,6 @@
 """Wan2.1-T2V-1.3B at 832x480, 16 fps: python -m sfjax.convert SRC DIR makes a folder with such a config.
 
-Variants: "sparse" (the default: a window of 3 chunks read at 25 %, 60 persistent blocks; 3.35 GB of keys, values and pooled
+Variants: "sparse" (the default: a window of 3 chunks read at 25 %, 56 persistent blocks; 3.31 GB of keys, values and pooled
 keys), "window" (4 chunks, 3.52 GB), "dense" (21 latents, 6.16 GB, Self-Forcing's cache; 6.04 GB without the padding of
 blocks and pooled keys), "bidirectional" (one chunk of 21 latents, 50 steps: plain Wan2.1).
 

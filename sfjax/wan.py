@@ -14,7 +14,7 @@ from sfjax.umt5 import UMT5Config, abstract_umt5
 from sfjax.wan_vae import WanVAEConfig
 
 MEMORY = {
-  "sparse": MemoryConfig(window=3, persistent=60, top_k=0.25, rope_cap=21),
+  "sparse": MemoryConfig(window=3, persistent=56, top_k=0.25, rope_cap=21),
   "window": MemoryConfig(window=4),  # about the same bytes
   "dense": MemoryConfig(window=7),  # 21 latents, Self-Forcing's cache
   "bidirectional": MemoryConfig(window=1),  # one chunk of 21 latents

@@ -169,3 +169,17 @@ def test_bfloat16_errs_no_more_than_a_few_of_its_own_roundings(inputs):
   assert out.dtype == np.float32
   # Weights and input are rounded once; the activations of 3 layers some 30 times more, at most that often in a row.
   assert own / 2 < distance(out, exact) < 4 * own
+
+
+def test_rows_past_the_text_are_alike():
+  """Which `few_keys` is told, of every layer."""
+  text = jax.random.normal(jax.random.key(3), (4, MODEL.text_len, MODEL.text_dim))
+  rows = jnp.array([0, 3, MODEL.text_len - 1, MODEL.text_len])
+  text = jnp.where(jnp.arange(MODEL.text_len)[:, None] < rows[:, None, None], text, 0)
+  k, v, distinct = rollout.text_kv(MODEL, rollout.init_params(MODEL), text)
+  np.testing.assert_array_equal(distinct, [[1, 4, MODEL.text_len, MODEL.text_len]] * MODEL.layers)
+  for x in (k, v):
+    assert not np.array_equal(x[:, 1, 2], x[:, 1, 3])
+    for layer, video in np.ndindex(*distinct.shape):
+      like = x[layer, video, int(distinct[layer, video]) - 1 :]
+      np.testing.assert_allclose(like, jnp.broadcast_to(like[:1], like.shape), rtol=1e-5, atol=1e-6)

@@ -81,10 +81,10 @@ def test_shapes_of_the_paper_and_production():
   assert (production.prefix, production.listed, production.valid) == (60, 59, 60)
   assert production.kv_short is None and production.pairs == 12 * 4992 * 119 * 60
   packed = benchmark.SHAPES["packed"]
-  assert (packed.q, packed.kv) == ((1, 37 * 128, 12, 128), (1, 282 * 64, 12, 128))
-  assert (packed.prefix, packed.listed, packed.valid) == (60, 56, 64)
-  assert (packed.sizes == 8).sum() == 3 and packed.sizes.sum() == 60 * 64 + 3 * 4680
-  assert packed.pairs == round(12 * 37 * 128 * (60 * 64 + 56 * 4680 / 74))
+  assert (packed.q, packed.kv) == ((1, 37 * 128, 12, 128), (1, 278 * 64, 12, 128))
+  assert (packed.prefix, packed.listed, packed.valid) == (56, 56, 64)
+  assert (packed.sizes == 8).sum() == 3 and packed.sizes.sum() == 56 * 64 + 3 * 4680
+  assert packed.pairs == round(12 * 37 * 128 * (56 * 64 + 56 * 4680 / 74))
   assert (paper.rows, paper.blocks * 64, paper.prefix * 64, paper.listed) == (4608, 65536, 4096, 60)
 
 

@@ -354,7 +354,7 @@ def test_transposed_lists():
 
 
 PRODUCTION = dict(h=128, n=12, tiles=39, blocks=294, kmax=59, prefix=60, valid=60, short=None)
-PACKED = dict(h=128, n=12, tiles=37, blocks=282, kmax=56, prefix=60, valid=64, short=(range(133, 282, 74), 8))
+PACKED = dict(h=128, n=12, tiles=37, blocks=278, kmax=56, prefix=56, valid=64, short=(range(129, 278, 74), 8))
 DIGITS = dict(h=64, n=4, tiles=6, blocks=84, kmax=21, prefix=12, valid=48, short=None)
 
 
