@@ -162,15 +162,15 @@ class Linear(nnx.Module):
     """y in x's dtype, for a GELU to follow: all in one product's epilogue on a GPU; and whatever rows more."""
     return self._times(x) + self.bias[...].astype(x.dtype)
 
-  def _finished(self, product):
+  def finished(self, product):
     return wide(product) + as_used(self.bias, product.dtype)
 
   def __call__(self, x):
-    return self._finished(self.product(x)[..., : x.shape[-2], :])
+    return self.finished(self.product(x)[..., : x.shape[-2], :])
 
   def summed(self, x):
     """The same, where x and W's rows are split over devices as `sfjax.axes` says."""
-    return self._finished(total(self.product(x)[..., : x.shape[-2], :]))
+    return self.finished(total(self.product(x)[..., : x.shape[-2], :]))
 
 
 class Float8Linear(Linear):
@@ -207,11 +207,9 @@ def modulated(layout: BlockLayout, x, shift, scale, eps: float):
   return (layout.per_frame(y) * (1 + scale) + shift).reshape(y.shape).astype(x.dtype)
 
 
-def rms_norm(x, weight, eps: float):
-  """RMSNorm over the full width, all heads', float32 inside, cast back before the weight."""
-  y = wide(x)
-  y = (y * jax.lax.rsqrt(mean((y * y).mean(-1, keepdims=True)) + eps)).astype(x.dtype)
-  return y * weight.astype(x.dtype)
+def rms_scale(x, eps: float):
+  """What RMSNorm over the full width, all heads', multiplies each row by; x is wide."""
+  return jax.lax.rsqrt(mean((x * x).mean(-1, keepdims=True)) + eps)
 
 
 class Attention(nnx.Module):
@@ -229,10 +227,15 @@ class Attention(nnx.Module):
 
   def _normed(self, linear: Linear, norm, x):
     """Heads of a product, normed over the whole width, wide."""
-    return self._heads(rms_norm(linear(x), norm[...].astype(self.dtype), self.cfg.eps))
+    y = linear(x)
+    return self._heads(y * rms_scale(y, self.cfg.eps) * as_used(norm, self.dtype))
 
-  def query(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T N H"]:
-    return self._normed(self.q, self.norm_q, x).astype(self.dtype)
+  def query(self, x: Float[Array, "B T D"]):
+    """The product q [B,T,N,H], and what finishes it, as `few_keys` takes them."""
+    product = self.q.product(x)[:, : x.shape[1]]
+    y = self.q.finished(product)
+    vectors = jnp.stack([self.q.bias[...], self.norm_q[...]]).astype(x.dtype)
+    return self._heads(product), self._heads(vectors), total((y * y).sum(-1))
 
   def key_value(self, x: Float[Array, "*B T D"]):
     k, v = self._normed(self.k, self.norm_k, x), self._heads(self.v(x))
@@ -294,10 +297,9 @@ class Block(nnx.Module):
     x = jax.lax.optimization_barrier(added(x, gated(out, m[2])))  # or XLA would write it wide, for its three readers
 
     h = layer_norm(x, cfg.eps) * as_used(self.norm3_scale, x.dtype) + as_used(self.norm3_bias, x.dtype)
-    q = self.cross_attn.query(h.astype(x.dtype))
-    flat = q.reshape(q.shape[0], -1, *q.shape[-2:])
-    out = few_keys(flat, *text_kv).reshape(q.shape)
-    x = added(x, self.cross_attn.out(out))
+    rows = h.astype(x.dtype).reshape(x.shape[0], -1, cfg.dim)
+    out = few_keys(*self.cross_attn.query(rows), *text_kv, width=cfg.dim, eps=cfg.eps)
+    x = added(x, self.cross_attn.out(out).reshape(x.shape))
 
     # As rows alone: so GELU, and a rounding to 8 bit, join the product.
     h = modulated(layout, x, m[3], m[4], cfg.eps).reshape(-1, cfg.dim)

@@ -21,7 +21,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from sfjax.errors import UserError, check
-from sfjax.model import rms_norm
+from sfjax.model import rms_scale, wide
+
+
+def rms_norm(x, weight, eps: float):
+  """RMSNorm, wide inside, cast back before the weight."""
+  y = wide(x)
+  return (y * rms_scale(y, eps)).astype(x.dtype) * weight.astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

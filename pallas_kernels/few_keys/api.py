@@ -1,11 +1,14 @@
-"""The public call: attention to keys and values of which the last ones are one and the same.
+"""The public call: a layer's queries of a prompt, of whose keys and values the last ones are one and the same.
 
 A prompt is padded to a fixed number of rows, and what is not masked there counts: m equal rows are one whose weight is m.
 
 Letters: B batch, T query rows, M rows of a prompt, N heads, H head dim.
 """
 
+import functools
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.dense import dense_attention
@@ -15,56 +18,74 @@ IMPLEMENTATIONS = ("mosaic_sm90", "cudnn", "xla")
 
 
 def few_keys(
-  q: Float[Array, "B T N H"],
+  product: Float[Array, "B T N H"],
+  vectors: Float[Array, "2 N H"],
+  squares: Float[Array, "B T"],
   k: Float[Array, "B M N H"],
   v: Float[Array, "B M N H"],
   distinct: Int32[Array, "B"],
   *,
+  width: int,
+  eps: float,
   implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
-  """Attention of every query to all M keys, scaled by 1/sqrt(H).
+  """Attention of a layer's queries to all M keys, its logits scaled by 1/sqrt(H).
+
+  q = x / sqrt(squares / width + eps) vectors[1], where x = product + vectors[0], in float32 and rounded once: a projection's
+  last steps and RMSNorm.
 
   Args:
+    product: with the queries' weights. vectors: its bias, and the norm's weight. squares: of each row, float32, the sum of
+      x^2 over the norm's width, which is that of all heads, also where others have some of them.
     distinct: rows of k and v that differ, at least 1: row `distinct` - 1 and all behind it are equal. That is a promise: an
       implementation may read those once and weigh them by their number, or read them all.
     implementation: "mosaic_sm90" (Hopper, 16 bit, head dim 64 or 128), "cudnn" (NVIDIA, 16 bit; reads them all), "xla"
       (anywhere; likewise), or None for the first of these that supports the arguments.
 
   Returns:
-    what attention to all M keys gives, in q's dtype. Differentiable in q, k and v, as if each row were its own.
+    what attention to all M keys gives, in product's dtype. Differentiable in all but distinct, as if each row were its own.
 
   Raises:
     ValueError: wrong shapes or dtypes. NotImplementedError: the implementation cannot do this.
   """
-  b, _, n, h = q.shape
-  for name, x, want in (("k", k, (b, k.shape[1], n, h)), ("v", v, k.shape), ("distinct", distinct, (b,))):
+  b, t, n, h = product.shape
+  for name, x, want in (
+    ("vectors", vectors, (2, n, h)),
+    ("squares", squares, (b, t)),
+    ("k", k, (b, k.shape[1], n, h)),
+    ("v", v, k.shape),
+    ("distinct", distinct, (b,)),
+  ):
     if x.shape != want:
       raise ValueError(f"{name}: shape {x.shape}; want {want}")
-  for name, x in (("k", k), ("v", v)):
-    if x.dtype != q.dtype:
-      raise ValueError(f"{name}: dtype {x.dtype}; want q's dtype {q.dtype}")
+  for name, x in (("vectors", vectors), ("k", k), ("v", v)):
+    if x.dtype != product.dtype:
+      raise ValueError(f"{name}: dtype {x.dtype}; want product's dtype {product.dtype}")
   if implementation not in (None, *IMPLEMENTATIONS):
     raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
   if implementation in (None, "mosaic_sm90"):
-    reason = mosaic_sm90.unsupported(q, k)
+    reason = mosaic_sm90.unsupported(product, k)
     if implementation and reason:
       raise NotImplementedError(reason)
     if reason is None:
-      return _by_kernel(q, k, v, distinct)
-  return dense_attention(q, k, v, implementation=implementation)
+      return _by_kernel(width, eps, product, vectors, squares, k, v, distinct)
+  return every_key(width, eps, product, vectors, squares, k, v, implementation)
 
 
-@jax.custom_vjp
-def _by_kernel(q, k, v, distinct):
-  return mosaic_sm90.few_keys(q, k, v, distinct)
+def every_key(width, eps, product, vectors, squares, k, v, implementation: str | None = None):
+  """Plain attention to all rows: what the kernel is held to."""
+  wide = lambda x: x.astype(jnp.promote_types(product.dtype, jnp.float32))
+  scale = jax.lax.rsqrt(squares / width + eps)[..., None, None]
+  q = (wide(product) + wide(vectors[0])) * scale * wide(vectors[1])
+  return dense_attention(q.astype(product.dtype), k, v, implementation=implementation)
 
 
-def _forward(*args):
-  return _by_kernel(*args), args
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_kernel(width, eps, *args):
+  return mosaic_sm90.few_keys(width, eps, *args)
 
 
-def _backward(args, cotangent):
-  return *jax.vjp(dense_attention, *args[:3])[1](cotangent), None
-
-
-_by_kernel.defvjp(_forward, _backward)
+_by_kernel.defvjp(
+  lambda *args: (_by_kernel(*args), args[2:-1]),
+  lambda width, eps, args, g: (*jax.vjp(functools.partial(every_key, width, eps), *args)[1](g), None),
+)

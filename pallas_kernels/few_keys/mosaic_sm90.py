@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.device import current_device
 from pallas_kernels.pbsa import mosaic_sm90_parts as parts
 from pallas_kernels.pbsa.mosaic_sm90_forward import finish
-from pallas_kernels.pbsa.mosaic_sm90_parts import LOG2E, ROWS, Call
+from pallas_kernels.pbsa.mosaic_sm90_parts import BY_COLUMN, BY_ROW, LOG2E, ROWS, Call
 
 KEYS = 64  # of a step
 
@@ -26,27 +26,27 @@ def unsupported(q, k) -> str | None:
   if getattr(device, "compute_capability", None) != "9.0":
     return f"implementation: mosaic_sm90 wants a Hopper GPU (wgmma), not {device.device_kind}"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"q: dtype {q.dtype}; mosaic_sm90 wants bfloat16 or float16"
+    return f"product: dtype {q.dtype}; mosaic_sm90 wants bfloat16 or float16"
   if q.shape[-1] not in (64, 128):
-    return f"q: head dim {q.shape[-1]}; mosaic_sm90 wants 64 or 128"
+    return f"product: head dim {q.shape[-1]}; mosaic_sm90 wants 64 or 128"
   if q.shape[1] % 8 or q.shape[1] < ROWS:
-    return f"q: T = {q.shape[1]} rows; mosaic_sm90 wants a multiple of 8, at least {ROWS}"
+    return f"product: T = {q.shape[1]} rows; mosaic_sm90 wants a multiple of 8, at least {ROWS}"
   if k.shape[1] % KEYS:
     return f"k: M = {k.shape[1]} rows; mosaic_sm90 wants a multiple of {KEYS}"
   return None
 
 
-def few_keys(q, k, v, distinct, interpret=None):
+def few_keys(width, eps, q, vectors, squares, k, v, distinct, interpret=None):
   """See `api.few_keys`."""
   (b, t, n, h), m = q.shape, k.shape[1]
   call, tiles = Call(h**-0.5, KEYS, interpret=interpret), -(-t // ROWS)
 
-  def few_keys(q_ref, k_ref, v_ref, distinct_ref, out_ref, smem, barriers):
+  def few_keys(q_ref, vectors_ref, squares_ref, k_ref, v_ref, distinct_ref, out_ref, smem, barriers):
     q_s, k_s, v_s = smem
     q_full, k_full, v_full = barriers
     batch, head, tile = (lax.axis_index(x) for x in ("batch", "head", "tile"))
     differ = distinct_ref[batch]
-    alike = parts.filled((ROWS,), (m + 1 - differ).astype(jnp.float32), parts.BY_ROW)
+    alike = parts.filled((ROWS,), (m + 1 - differ).astype(jnp.float32), BY_ROW)
     weight = parts.over_columns(jnp.log(alike) * LOG2E, (ROWS, KEYS))
     first = parts.row(
       batch * t, jnp.minimum(tile * ROWS, t - ROWS)
@@ -60,7 +60,13 @@ def few_keys(q, k, v, distinct, interpret=None):
 
     plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first, ROWS), head], q_s, q_full)
     take(jnp.int32(0))
+    wide = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+    bias, norm = (lax.broadcast_in_dim(wide(vectors_ref.at[i, head], BY_COLUMN), (ROWS, h), [1]) for i in range(2))
+    scale = lax.rsqrt(wide(squares_ref.at[pl.ds(first, ROWS)], BY_ROW) * (1 / width) + eps)
     plgpu.barrier_wait(q_full)
+    x = plgpu.load(q_s, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+    q_s[...] = ((x + bias) * parts.over_columns(scale, x.shape) * norm).astype(q.dtype)
+    plgpu.commit_smem()
 
     def step(i, carry):
       acc, top, total = carry
@@ -83,7 +89,7 @@ def few_keys(q, k, v, distinct, interpret=None):
       pl.when(i + 1 < steps)(lambda: take(i + 1))
       return acc, new_top, total * alpha + p.sum(1)
 
-    vector = lambda value: parts.filled((ROWS,), value, parts.BY_ROW)
+    vector = lambda value: parts.filled((ROWS,), value, BY_ROW)
     acc, top, total = lax.fori_loop(0, steps, step, (parts.filled((ROWS, h), 0), vector(-jnp.inf), vector(0)))
     q_s[...] = finish(acc, top, total)[0].astype(q.dtype)
     plgpu.commit_smem()
@@ -108,5 +114,5 @@ def few_keys(q, k, v, distinct, interpret=None):
     warpgroups=1,
     smem=(parts.tiled((ROWS, h), q.dtype), *[parts.tiled((KEYS, h), q.dtype)] * 2),
     barriers=[plgpu.Barrier()] * 3,
-  )(*map(parts.flat, (q, k, v)), distinct)
+  )(parts.flat(q), vectors, squares.reshape(-1), parts.flat(k), parts.flat(v), distinct)
   return out.reshape(q.shape)
