@@ -66,7 +66,8 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       unfinished = block.self_attn.unfinished(h[:, 0])
       m, q, q_pooled, content = kv.write_projections(model, cfg, m, unfinished, [x[0] for x in turn], layer)
     if cfg.selects or layout.blocks > layout.full_blocks:
-      ids, counts = kv.route(model, cfg, m, q_pooled) if lists is None else lists
+      with jax.named_scope("lists"):
+        ids, counts = kv.route(model, cfg, m, q_pooled) if lists is None else lists
       prefix = cfg.persistent_count(layout, m.chunk) if cfg.persistent else 0
     else:  # all that is there, in the order in which it lies
       ids = jnp.zeros((q.shape[0], q.shape[2], layout.blocks // 2, 0), jnp.int32)
@@ -78,7 +79,8 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
     if commit:
       nb = layout.blocks
       own = jax.lax.dynamic_slice_in_dim(m.pooled, kv.ring_block(model, cfg, m.chunk), nb, 1)
-      score = kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled)
+      with jax.named_scope("memory"):
+        score = kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled)
       update = kv.Commit(*((k, v) if slots is None else (None, None)), own, score)
     out = _projected(layout, block, out)[:, None]
     return out, slots and kv.closed(model, cfg, slots, m, index, commit), (read, update)

@@ -279,9 +279,10 @@ def write_projections(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, unfini
   q, k_slots, v_slots, means = to_slots(
     *products, vectors, *turn, m.k, m.v, layer, first, valid=layout.valid, eps=model.eps
   )
-  q_means, k_pooled, content = means[:, :, :, None]
-  m = m.replace(k=k_slots, v=v_slots, pooled=_put(m.pooled, pooled_keys(k_pooled), first))
-  return m, q, pooled_queries(q_means, layout), pooled_keys(content)[:, :, 0]
+  with jax.named_scope("lists"):
+    q_means, k_pooled, content = means[:, :, :, None]
+    m = m.replace(k=k_slots, v=v_slots, pooled=_put(m.pooled, pooled_keys(k_pooled), first))
+    return m, q, pooled_queries(q_means, layout), pooled_keys(content)[:, :, 0]
 
 
 def _put(old: Float[Array, "..."], new: Float[Array, "B s ..."], at, layer=None):
@@ -341,7 +342,8 @@ def commit_chunk(model: ModelConfig, cfg: MemoryConfig, m: KVMemory, update: Com
 
 def per_layer(fn, model: ModelConfig, cfg: MemoryConfig, m: KVMemory, *args):
   """Applies a one-layer function to all layers at once."""
-  return jax.vmap(lambda *a: fn(model, cfg, *a))(m, *args)
+  with jax.named_scope("memory"):
+    return jax.vmap(lambda *a: fn(model, cfg, *a))(m, *args)
 
 
 def stored_blocks(cfg: MemoryConfig, m: KVMemory) -> np.ndarray:

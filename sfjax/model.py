@@ -430,7 +430,8 @@ class DiT(nnx.Module):
       h, carry = state
       params, kv, extra = inputs
       block = nnx.merge(graph, unpack(params))
-      h, carry, aux = block(h, e0, turn, (*kv, distinct), lambda b, *x: attend(b, carry, extra, *x))
+      with jax.named_scope("layers"):
+        h, carry, aux = block(h, e0, turn, (*kv, distinct), lambda b, *x: attend(b, carry, extra, *x))
       return (h, carry), aux
 
     return h, e, _remat(layer, cfg.remat), (stacked, cross, layer_inputs)
