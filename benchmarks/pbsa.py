@@ -234,7 +234,7 @@ def routing_layers(shape: Shape, layers: list[tuple]) -> list[tuple[Int32[Array,
     (q, k, pooled, origin), *lists[-1:] = jax.lax.optimization_barrier((layer, *lists[-1:]))
     pooled_k = pool_keys(k, model.layout, memory.route_parts)
     pooled = jax.lax.dynamic_update_slice_in_dim(pooled, pooled_k, own, 1)
-    m = KVMemory(*[None] * 2, pooled, None, origin, chunk, *[None] * 3)
+    m = KVMemory(*[None] * 2, pooled, None, origin, chunk, *[None] * 4)
     lists.append(route(model, memory, m, pool_queries(q, model.layout, memory.route_parts)))
   return lists
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.few_keys import mosaic_sm90 as few_keys
 from pallas_kernels.pbsa import api
 from pallas_kernels.slots import mosaic_sm90 as slots
 from sfjax import axes, objective, rollout
@@ -22,7 +23,7 @@ HOPPER = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H10
 
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
-  for module in (api, slots):
+  for module in (api, slots, few_keys):
     monkeypatch.setattr(module, "current_device", lambda: HOPPER)
 
 
@@ -62,9 +63,10 @@ def test_sampling_a_chunk(config, slots):
   program = rollout.Compiled(model, config.memory, config.sampler, mesh).chunk
   args = [(x, whole) for x in (*rest, known, jax.ShapeDtypeStruct((3,), bool))]
   text = lowered(mesh, program, (params, axes.split(params)), (memory, split_of(memory)), *args)
-  assert text.count("@mosaic_gpu_v2") == 2 and "all_gather" not in text  # pbsa of a denoising pass and of the commit
-  norms, widths = ["1x1x4680x1xf32"] * 3, ["1x1x4680x1536xbf16", "4680x1536xbf16", "1x4736x1536xbf16"]
-  assert sums(text) == sorted(2 * (norms + widths))
+  # Attention to the memory and to the prompt, of a denoising pass and of the commit.
+  assert text.count("@mosaic_gpu_v2") == 4 and "all_gather" not in text
+  own, prompt, widths = ["1x1x4680x1xf32"] * 2, ["1x4680xf32"], ["1x4680x1536xbf16"] * 2 + ["4680x1536xbf16"]
+  assert sums(text) == sorted(2 * (own + prompt + widths) + own)  # of the commit's last layer just what the memory gets
 
 
 def test_the_gradient_of_a_clip(config):
@@ -84,7 +86,7 @@ def test_the_gradient_of_a_clip(config):
   text = jax.ShapeDtypeStruct((2, model.text_len, model.text_dim), jnp.float32)
   program = jax.jit(axes.on_devices(gradient, mesh, (weights, axes.BATCH, axes.BATCH), weights))
   text = lowered(mesh, program, (rollout.abstract_params(model), weights), (x, axes.BATCH), (text, axes.BATCH))
-  # pbsa and dq, each with the kernel that joins its pieces; dk and dv.
-  assert text.count("@mosaic_gpu_v2") == 5 and "all_gather" not in text
+  # pbsa and dq, each with the kernel that joins its pieces; dk and dv; attention to the prompt.
+  assert text.count("@mosaic_gpu_v2") == 6 and "all_gather" not in text
   # After each product that ends in the model's width, and as often on the way back.
-  assert sum(re.fullmatch(r"(1x3x4680|14040|1x3x4736)x1536xbf16", shape) is not None for shape in sums(text)) == 2 * 3
+  assert sum(re.fullmatch(r"(1x3x4680|1x14040|14040)x1536xbf16", shape) is not None for shape in sums(text)) == 2 * 3

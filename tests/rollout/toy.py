@@ -17,11 +17,13 @@ def distance(a, b):
   return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+# Of a leaf's largest. Means are rounded to bfloat16, one in thousands the other way, and scores are made of them.
+TOLERANCE = {"k": 2e-5, "v": 2e-5, "cross_k": 2e-5, "cross_v": 2e-5, "pooled": 2**-8, "score": 2**-8}
+
+
 def same_memory(got, want):
   """Every leaf, of programs that do the same sums in another order."""
-  # Means are rounded to bfloat16, one in thousands the other way, and scores are made of them.
-  tolerance = {"k": 2e-5, "v": 2e-5, "cross_k": 2e-5, "cross_v": 2e-5, "pooled": 2**-8, "score": 2**-8}
   for name, x in vars(want).items():
     a, b = (None if m is None else np.asarray(m, np.float64) for m in (getattr(got, name), x))
     if b is not None:
-      np.testing.assert_allclose(a, b, rtol=0, atol=tolerance.get(name, 0) * np.abs(b).max(), err_msg=name)
+      np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE.get(name, 0) * np.abs(b).max(), err_msg=name)
