@@ -440,8 +440,8 @@ class DiT(nnx.Module):
 def _pack_vectors(stacked, dtype, widest: int):
   """A stack of layers with its vectors and numbers of that dtype in one array, and the way back for a layer's slice of it.
 
-  A loop slices every array of the stack in a kernel of its own, which for a vector takes longer to start than to run. Wider
-  vectors stay as they are: they join a product, for which they would have to be cut out again.
+  A loop slices every array of the stack in a kernel of its own, which for a vector takes longer to start than to run. Those
+  wider than the model stay as they are: they join a product, for which they would have to be cut out again.
   """
   leaves, tree = jax.tree.flatten(stacked)
   vectors = {i: x.shape[1] for i, x in enumerate(leaves) if x.ndim == 2 and x.dtype == dtype and x.shape[1] <= widest}

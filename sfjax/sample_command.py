@@ -253,6 +253,8 @@ def _load_state(path: str, like: KVMemory, codec) -> tuple[KVMemory, Any, str, d
     raise UserError(f"--continue_state: {e}") from e
   prompt, made = (str(arrays.pop(name, default)) for name, default in (("prompt", ""), ("made", "{}")))
   wanted = dict(vars(like)) | {"codec": codec}
+  if "k" in arrays and "cross_distinct" not in arrays:
+    raise UserError(f"--continue_state: {path} was saved by an earlier version, whose memory knew less of its prompt")
   shapes = lambda leaves: {name: str(list(x.shape)) for name, x in leaves.items()}
   named = checkpoint.named(wanted)
   wrong = checkpoint.first_difference(shapes(arrays), shapes(named))

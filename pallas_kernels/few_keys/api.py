@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.dense import dense_attention
 from pallas_kernels.few_keys import mosaic_sm90
 
-IMPLEMENTATIONS = ("mosaic_sm90", "cudnn", "xla")
+IMPLEMENTATIONS = ("mosaic_sm90", "dense")
 
 
 def few_keys(
@@ -39,8 +39,8 @@ def few_keys(
       x^2 over the norm's width, which is that of all heads, also where others have some of them.
     distinct: rows of k and v that differ, at least 1: row `distinct` - 1 and all behind it are equal. That is a promise: an
       implementation may read those once and weigh them by their number, or read them all.
-    implementation: "mosaic_sm90" (Hopper, 16 bit, head dim 64 or 128), "cudnn" (NVIDIA, 16 bit; reads them all), "xla"
-      (anywhere; likewise), or None for the first of these that supports the arguments.
+    implementation: "mosaic_sm90" (Hopper, 16 bit, head dim 64 or 128), "dense" (anywhere; reads them all), or None for the
+      first of these that supports the arguments.
 
   Returns:
     what attention to all M keys gives, in product's dtype. Differentiable in all but distinct, as if each row were its own.
@@ -61,6 +61,9 @@ def few_keys(
   for name, x in (("vectors", vectors), ("k", k), ("v", v)):
     if x.dtype != product.dtype:
       raise ValueError(f"{name}: dtype {x.dtype}; want product's dtype {product.dtype}")
+  wide = jnp.promote_types(product.dtype, jnp.float32)
+  if squares.dtype != wide:
+    raise ValueError(f"squares: dtype {squares.dtype}; want {wide}")
   if implementation not in (None, *IMPLEMENTATIONS):
     raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
   if implementation in (None, "mosaic_sm90"):
@@ -69,15 +72,15 @@ def few_keys(
       raise NotImplementedError(reason)
     if reason is None:
       return _by_kernel(width, eps, product, vectors, squares, k, v, distinct)
-  return every_key(width, eps, product, vectors, squares, k, v, implementation)
+  return every_key(width, eps, product, vectors, squares, k, v)
 
 
-def every_key(width, eps, product, vectors, squares, k, v, implementation: str | None = None):
+def every_key(width, eps, product, vectors, squares, k, v):
   """Plain attention to all rows: what the kernel is held to."""
   wide = lambda x: x.astype(jnp.promote_types(product.dtype, jnp.float32))
   scale = jax.lax.rsqrt(squares / width + eps)[..., None, None]
   q = (wide(product) + wide(vectors[0])) * scale * wide(vectors[1])
-  return dense_attention(q.astype(product.dtype), k, v, implementation=implementation)
+  return dense_attention(q.astype(product.dtype), k, v)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

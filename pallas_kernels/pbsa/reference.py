@@ -72,7 +72,7 @@ def pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid
     bound = min(bound, prefix_blocks)
   for first in range(0, bound, _STEP_BLOCKS):
     size = min(_STEP_BLOCKS, bound - first)
-    ids = first + jnp.arange(size)
+    ids = first + jnp.arange(size, dtype=jnp.int32)
     ok = slots(ids < prefix_blocks, ids)
     read = functools.partial(
       lambda c, a, x, y, ok: step(c, a, x, y, ok),

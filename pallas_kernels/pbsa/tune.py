@@ -2,7 +2,8 @@
 
 python -m pallas_kernels.pbsa.tune --head_dim 128 --kv_valid 60 64
 
-The problem is Sparse Forcing's at 832x480: 39 query tiles, 60 blocks of P and 59 listed of 234, 12 heads of 128 or 24 of 64.
+The problem is Sparse Forcing's at 832x480, a block a tile of 3 x 5 x 4 tokens: 39 query tiles, 60 blocks of P and 59 listed of
+234, 12 heads of 128 or 24 of 64.
 The three kernels do not depend on each other's parameters, so each is searched for itself.
 """
 

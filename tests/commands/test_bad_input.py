@@ -1,5 +1,6 @@
 """Every mistake: one line that names it, code 2, and nothing half-written (see `refused` in conftest.py)."""
 
+import io
 import json
 import math
 import os
@@ -183,6 +184,10 @@ def test_states_that_do_not_fit(refused_sample, run_sample, model_folder, tmp_pa
   state.write_bytes(whole[: len(whole) // 2])
   assert f"--continue_state: {state}: damaged" in refused_sample("--continue_state", state)
   assert "does not fit" in refused_sample("--continue_state", model_folder / "params.npz")
+  arrays = {name: x for name, x in np.load(io.BytesIO(whole)).items() if name != "cross_distinct"}
+  with open(state, "wb") as file:
+    np.savez(file, **arrays)
+  assert f"--continue_state: {state} was saved by an earlier version" in refused_sample("--continue_state", state)
 
 
 def test_states_of_another_model(refused_sample, run_sample, broken, tmp_path):

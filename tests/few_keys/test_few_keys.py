@@ -99,6 +99,7 @@ def test_gradient_is_that_of_plain_attention(monkeypatch):
   [
     (1, lambda x: x[:, :1], r"vectors: shape \(2, 1, 64\); want \(2, 2, 64\)"),
     (2, lambda x: x[:, 1:], r"squares: shape \(2, 71\); want \(2, 72\)"),
+    (2, lambda x: x.astype(jnp.bfloat16), "squares: dtype bfloat16; want float32"),
     (3, lambda x: x[:, :, :1], r"k: shape \(2, 128, 1, 64\); want \(2, 128, 2, 64\)"),
     (4, lambda x: x[:, 1:], r"v: shape \(2, 127, 2, 64\); want \(2, 128, 2, 64\)"),
     (4, lambda x: x.astype(jnp.float32), "v: dtype float32; want product's dtype bfloat16"),
