@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.realtime import random_weights
+from benchmarks.realtime import random_text, random_weights
 from pallas_kernels.few_keys import mosaic_sm90 as few_keys
 from pallas_kernels.pbsa import mosaic_sm90 as pbsa
 from pallas_kernels.slots import mosaic_sm90 as slots
 from sfjax import memory as kv
 from sfjax import rollout
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
-from sfjax.errors import Parser, UserError, command
+from sfjax.errors import Parser, UserError, check_flags, command
 from sfjax.flow import few_step, to_x0
 from sfjax.model import ModelConfig
 from sfjax.runlog import make_folder, run_record, write_json_atomic
@@ -90,17 +90,14 @@ def main(argv: list[str]) -> None:
   p.add_argument("--out", default="out/accuracy")
   a = p.parse_args(rest)
   config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
-  for name, low, high in (("layers", 1, config.model.layers), ("chunks", 1, 100), ("words", 0, config.model.text_len)):
-    if not low <= getattr(a, name) <= high:
-      raise UserError(f"--{name}: {getattr(a, name)}; want {low}..{high}")
+  check_flags(a, ("layers", 1, config.model.layers), ("chunks", 1, 100), ("words", 0, config.model.text_len))
   if wrong := rollout.untrainable(config.sampler):
     raise UserError(f"--config: sampler of {wrong}")
   out = make_folder(a.out, "--out")
   model = dataclasses.replace(config.model, layers=a.layers, param_dtype=config.model.dtype)
   wide = dataclasses.replace(model, dtype="float32", param_dtype="float32")
   params = random_weights(rollout.abstract_params(model), 0)
-  text = jax.random.normal(jax.random.key(3), (1, model.text_len, model.text_dim))
-  text = text * (jnp.arange(model.text_len)[:, None] < a.words)
+  text = random_text(model, a.words, 3)
   with jax.default_matmul_precision("highest"):
     want, *given = play(wide, config, jax.tree.map(lambda x: x.astype(jnp.float32), params), text, a.chunks)
   found = {}

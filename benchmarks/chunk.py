@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.realtime import random_weights
+from benchmarks.realtime import random_text, random_weights
 from sfjax import rollout
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
-from sfjax.errors import Parser, UserError, command
+from sfjax.errors import Parser, check_flags, command
 from sfjax.runlog import keep_programs, latency, make_folder, run_record, write_json_atomic
 
 KERNELS = (  # by name, what XLA did not write itself
@@ -140,16 +140,13 @@ def main(argv: list[str]) -> None:
   p.add_argument("--out", default="out/chunk")
   a = p.parse_args(rest)
   config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
-  for name, low, high in (("chunks", 1, 10_000), ("words", 0, config.model.text_len)):
-    if not low <= getattr(a, name) <= high:
-      raise UserError(f"--{name}: {getattr(a, name)}; want {low}..{high}")
+  check_flags(a, ("chunks", 1, 10_000), ("words", 0, config.model.text_len))
   out = make_folder(a.out, "--out")
   keep_programs()
   model, memory = dataclasses.replace(config.model, param_dtype=config.model.dtype), config.memory
   programs = rollout.Compiled(model, memory, config.sampler)
   params = random_weights(rollout.abstract_params(model), 0)
-  text = jax.random.normal(jax.random.key(3), (1, model.text_len, model.text_dim))
-  text = text * (jnp.arange(model.text_len)[:, None] < a.words)
+  text = random_text(model, a.words, 3)
   m, key, sample = programs.start(params, text, jnp.int32(0), None), jax.random.key(1), jnp.zeros((1,), jnp.int32)
   known = jnp.zeros((1, model.chunk_frames, *model.latent_size, model.latent_channels))
   frames = jnp.zeros((model.chunk_frames,), bool)

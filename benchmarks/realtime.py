@@ -43,6 +43,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from benchmarks import self_forcing_peer
 from benchmarks.realtime_report import HEADER, line, peer_line, plot
@@ -53,7 +54,7 @@ from sfjax.data.digits import first_frame
 from sfjax.errors import Parser, UserError, command
 from sfjax.flow import COMMITS, ROUTING
 from sfjax.memory import held_bytes, memory_bytes
-from sfjax.model import LINEAR
+from sfjax.model import LINEAR, ModelConfig
 from sfjax.parts import Around, Parts, as_stored, in_compute_dtype, wan_parts, with_linear
 from sfjax.routing import SLOTS, MemoryConfig
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
@@ -83,13 +84,18 @@ def random_weights(like, seed: int):
   return jax.tree.unflatten(jax.tree.structure(like), made)
 
 
+def random_text(model: ModelConfig, rows: int, seed: int) -> Float[Array, "1 M E"]:
+  """A prompt's embedding: so many random rows, and zeros behind them."""
+  text = jax.random.normal(jax.random.key(seed), (1, model.text_len, model.text_dim))
+  return text * (jnp.arange(model.text_len)[:, None] < rows)
+
+
 def random_parts(config: Config, vae: WanVAEConfig, seed: int = 0, devices: int = 1) -> Parts:
   """What `load_parts` would read from a folder of such sizes; the text is 40 random rows."""
   linear = config.model.linear
   config, vae = in_compute_dtype(as_stored(config), vae)
   model, mesh = config.model, cluster.heads_mesh(devices, config.model)
-  row = jnp.arange(model.text_len)[:, None] < 40
-  text = jax.random.normal(jax.random.key(seed + 2), (1, model.text_len, model.text_dim)) * row
+  text = random_text(model, 40, seed + 2)
   parts = wan_parts(
     config,
     Around(vae=vae),

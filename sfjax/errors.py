@@ -16,6 +16,14 @@ def check(config, *rules: tuple[str, bool, str]) -> None:
       raise ValueError(f"{name}: {getattr(config, name)!r}; want {want}")
 
 
+def check_flags(flags: argparse.Namespace, *bounds: tuple[str, int, int]) -> None:
+  """Raises UserError for the first of (name of a flag, lowest, highest) whose value is not between."""
+  for name, low, high in bounds:
+    value = getattr(flags, name)
+    if not low <= value <= high:
+      raise UserError(f"--{name}: {value}; want {low}..{high}")
+
+
 def check_seed(seed: int) -> None:
   """Raises UserError: not one that all of JAX, NumPy and a config take."""
   if not 0 <= seed < 2**31:

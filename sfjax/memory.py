@@ -72,7 +72,8 @@ class KVMemory:
 
   def with_text(self, text_kv: tuple[Array, Array, Array]) -> "KVMemory":
     """The same memory under another prompt."""
-    return self.replace(**dict(zip(("cross_k", "cross_v", "cross_distinct"), text_kv, strict=True)))
+    k, v, distinct = text_kv
+    return self.replace(cross_k=k, cross_v=v, cross_distinct=distinct)
 
 
 # How the memory of all layers is split along the mesh's axis "tensor": a device has its own heads'.
@@ -117,7 +118,9 @@ def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Arr
     origin=jnp.full((layers, batch, heads, blocks), -1, jnp.int32),
     chunk=jnp.zeros((layers,), jnp.int32),
     rng=jax.random.key_data(rng),
-    **dict(zip(("cross_k", "cross_v", "cross_distinct"), text_kv, strict=True)),
+    cross_k=text_kv[0],
+    cross_v=text_kv[1],
+    cross_distinct=text_kv[2],
     k_scale=scale,
     v_scale=scale,
   )

@@ -401,7 +401,7 @@ class DiT(nnx.Module):
 
     one = jax.eval_shape(lambda: layer((h, carry), at(0))[1])
     aux = jax.tree.map(lambda x: jnp.zeros((last + 1, *x.shape), x.dtype), one)
-    i, h, carry, aux = jax.lax.while_loop(lambda state: state[0] < last, step, (jnp.int32(0), h, carry, aux))
+    _, h, carry, aux = jax.lax.while_loop(lambda state: state[0] < last, step, (jnp.int32(0), h, carry, aux))
     (_, carry), own = layer((h, carry), at(last))  # what of it nobody reads is not compiled
     return carry, put(aux, own, last)
 

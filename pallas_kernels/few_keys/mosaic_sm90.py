@@ -48,9 +48,8 @@ def few_keys(width, eps, q, vectors, squares, k, v, distinct, interpret=None):
     differ = distinct_ref[batch]
     alike = parts.filled((ROWS,), (m + 1 - differ).astype(jnp.float32), BY_ROW)
     weight = parts.over_columns(jnp.log(alike) * LOG2E, (ROWS, KEYS))
-    first = parts.row(
-      batch * t, jnp.minimum(tile * ROWS, t - ROWS)
-    )  # where T is no multiple the last tile begins early
+    # Where T is no multiple of a tile's rows, the last tile begins early.
+    first = parts.row(batch * t, jnp.minimum(tile * ROWS, t - ROWS))
     steps = lax.div(differ + (KEYS - 1), jnp.int32(KEYS))
 
     def take(i):

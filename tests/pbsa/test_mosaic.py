@@ -125,6 +125,16 @@ def test_the_detector_sees_a_missing_fence(interpret, monkeypatch):
   assert not no_races()
 
 
+def close_gradients(call, got, want):
+  """Those of the oracle, dk and dv none outside the range that is asked for; and zeros where it has zeros."""
+  first, last = call.kv_grad_range or (0, want[1].shape[1] // 64)
+  for array in want[1:3]:
+    array[:, : first * 64], array[:, (last + 1) * 64 :] = 0, 0
+  for a, w in zip(got, want, strict=True):
+    close(a, w, 5e-3)
+    assert not np.any(np.asarray(a)[w == 0])
+
+
 @pytest.mark.parametrize(
   "h, valid, prefix, own_keys, counts, grad_range, scale, settings",
   [
@@ -149,12 +159,23 @@ def test_gradients_match_oracle(interpret, h, valid, prefix, own_keys, counts, g
     *x[:3], ids, counts, dout, dlse,
     prefix_blocks=prefix, prefix_k=x[3] if own_keys else None, kv_valid=valid, scale=call.scale,
   )  # fmt: skip
-  first, last = grad_range or (0, blocks)
-  for array in want[1:3]:
-    array[:, : first * 64], array[:, (last + 1) * 64 :] = 0, 0
-  for a, w in zip(got, want, strict=True):
-    close(a, w, 5e-3)
-    assert not np.any(np.asarray(a)[w == 0])
+  close_gradients(call, got, want)
+
+
+def matches_oracle(call, x, ids, counts, prefix):
+  """Output, lse and gradients; x: q, k, v, and prefix_k if there is one."""
+  (b, t, n, _), own = x[0].shape, x[3] if len(x) > 3 else None
+  dout, dlse = draw(8, x[0].shape)[0], draw(9, (b, n, t), dtype=jnp.float32)[0]
+  f = lambda q, k, v, p=None: pbsa_mosaic(call, q, k, v, p, ids, counts, jnp.int32(prefix))
+  (out, lse), vjp = jax.vjp(f, *x)
+  got = vjp((dout, dlse))
+  assert no_races()
+  more = dict(prefix_blocks=prefix, prefix_k=own, kv_valid=call.kv_valid, kv_short=call.kv_short)
+  want, want_lse = oracle(*x[:3], ids, counts, **more)
+  close(out, want, 3e-3)
+  assert not np.any(np.asarray(out)[want == 0])
+  np.testing.assert_allclose(lse, want_lse, atol=2e-6)
+  close_gradients(call, got, oracle_gradients(*x[:3], ids, counts, dout, dlse, scale=call.scale, **more))
 
 
 # Steps are of two blocks forward, of one backward: tiles of 8, 5 and 1 blocks, of an odd number in the last step, of fewer
@@ -172,25 +193,7 @@ def test_pieces_match_oracle(interpret, force, h, valid, prefix, own_keys, count
   blocks, (b, n, q) = 9, np.shape(counts)
   shapes = [(b, q * 128, n, h), *[(b, blocks * 64, n, h)] * 2, *[(b, prefix * 64, n, h)] * own_keys]
   x = draw(h + valid, *shapes)
-  dout, dlse = draw(8, (b, q * 128, n, h))[0], draw(9, (b, n, q * 128), dtype=jnp.float32)[0]
-  ids, counts = lists(7, counts, prefix, blocks)
-  call = Call(h**-0.5, valid, grad_range, interpret=interpret)
-  f = lambda q, k, v, p=None: pbsa_mosaic(call, q, k, v, p, ids, counts, jnp.int32(prefix))
-  (out, lse), vjp = jax.vjp(f, *x)
-  got = vjp((dout, dlse))
-  assert no_races()
-  more = dict(prefix_blocks=prefix, prefix_k=x[3] if own_keys else None, kv_valid=valid)
-  want, want_lse = oracle(*x[:3], ids, counts, **more)
-  close(out, want, 3e-3)
-  assert not np.any(np.asarray(out)[want == 0])
-  np.testing.assert_allclose(lse, want_lse, atol=2e-6)
-  want = oracle_gradients(*x[:3], ids, counts, dout, dlse, scale=call.scale, **more)
-  first, last = grad_range or (0, blocks)
-  for array in want[1:3]:
-    array[:, : first * 64], array[:, (last + 1) * 64 :] = 0, 0
-  for a, w in zip(got, want, strict=True):
-    close(a, w, 5e-3)
-    assert not np.any(np.asarray(a)[w == 0])
+  matches_oracle(Call(h**-0.5, valid, grad_range, interpret=interpret), x, *lists(7, counts, prefix, blocks), prefix)
 
 
 # Listed and in the prefix, as the first and the last block of a step, in one with a block past the end, alone in a tile.
@@ -214,24 +217,8 @@ def test_short_blocks_match_oracle(
     hole = np.ones(a.shape[1], bool)
     hole[slots_of(range(a.shape[1] // 64), valid, short)] = False
     x[i] = jnp.where(hole[:, None, None], 2.0**100, a)
-  dout, dlse = draw(8, (b, q * 128, n, h))[0], draw(9, (b, n, q * 128), dtype=jnp.float32)[0]
-  ids, counts = lists(7, counts, prefix, blocks)
   call = Call(h**-0.5, valid, grad_range, settings, interpret, multiprocessors=1, kv_short=short)
-  f = lambda q, k, v, p=None: pbsa_mosaic(call, q, k, v, p, ids, counts, jnp.int32(prefix))
-  (out, lse), vjp = jax.vjp(f, *x)
-  got = vjp((dout, dlse))
-  assert no_races()
-  more = dict(prefix_blocks=prefix, prefix_k=x[3] if own_keys else None, kv_valid=valid, kv_short=short)
-  want, want_lse = oracle(*x[:3], ids, counts, **more)
-  close(out, want, 3e-3)
-  np.testing.assert_allclose(lse, want_lse, atol=2e-6)
-  want = oracle_gradients(*x[:3], ids, counts, dout, dlse, scale=call.scale, **more)
-  first, last = grad_range or (0, blocks)
-  for array in want[1:3]:
-    array[:, : first * 64], array[:, (last + 1) * 64 :] = 0, 0
-  for a, w in zip(got, want, strict=True):
-    close(a, w, 5e-3)
-    assert not np.any(np.asarray(a)[w == 0])
+  matches_oracle(call, x, *lists(7, counts, prefix, blocks), prefix)
 
 
 def test_pieces_of_a_stacked_layer(interpret, force):
