@@ -1,0 +1,63 @@
+"""The public call: the feed-forward's first half, gelu(x W + b).
+
+Letters: R rows, K inputs, F outputs.
+"""
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels.gelu_linear import mosaic_sm90
+
+IMPLEMENTATIONS = ("mosaic_sm90", "xla")
+
+
+def gelu_linear(
+  x: Float[Array, "R K"],
+  kernel: Float[Array, "K F"],
+  bias: Float[Array, "F"],
+  *,
+  implementation: str | None = None,
+) -> Float[Array, "R F"]:
+  """gelu(x kernel + bias), GELU by its formula with tanh (Hendrycks and Gimpel, arXiv 1606.08415).
+
+  Args:
+    implementation: "mosaic_sm90" (Hopper, 16 bit, K a multiple of 64 from 256 on, F one of 256), "xla" (anywhere), or None for
+      the first of these that supports the arguments.
+
+  Returns:
+    [R,F] in x's dtype. Differentiable; where a gradient is taken, "xla" also finds the value, as it keeps what is before GELU.
+
+  Raises:
+    ValueError: wrong shapes or dtypes. NotImplementedError: the implementation cannot do this.
+  """
+  if x.ndim != 2:
+    raise ValueError(f"x: shape {x.shape}; want [R,K]")
+  if kernel.ndim != 2 or kernel.shape[0] != x.shape[1]:
+    raise ValueError(f"kernel: shape {kernel.shape}; want [K,F] with K = {x.shape[1]}")
+  if bias.shape != kernel.shape[1:]:
+    raise ValueError(f"bias: shape {bias.shape}; want {kernel.shape[1:]}")
+  for name, a in (("kernel", kernel), ("bias", bias)):
+    if a.dtype != x.dtype:
+      raise ValueError(f"{name}: dtype {a.dtype}; want x's dtype {x.dtype}")
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
+  if implementation in (None, "mosaic_sm90"):
+    reason = mosaic_sm90.unsupported(x, kernel)
+    if implementation and reason:
+      raise NotImplementedError(reason)
+    if reason is None:
+      return _by_kernel(x, kernel, bias)
+  return by_xla(x, kernel, bias)
+
+
+def by_xla(x, kernel, bias):
+  """By one product of cuBLAS with its epilogue, on a GPU: what the kernel is held to."""
+  return jax.nn.gelu(x @ kernel + bias, approximate=True)
+
+
+@jax.custom_vjp
+def _by_kernel(x, kernel, bias):
+  return mosaic_sm90.gelu_linear(x, kernel, bias)
+
+
+_by_kernel.defvjp(lambda *args: jax.vjp(by_xla, *args), lambda back, g: back(g))
