@@ -123,17 +123,15 @@ def pbsa(
         q, k, v = (_forward_only(x) for x in (q, k, v))
       out, lse = mosaic_sm90.pbsa_mosaic(call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks, layer)
       return (out, lse) if return_lse else out
+  if layer is not None:
+    one = lambda x: None if x is None else _forward_only(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False))
+    k, v, prefix_k = map(one, (k, v, prefix_k))
   if implementation in (None, "cudnn"):
-    reason = cudnn.unsupported(
-      device, q, block_ids, prefix_blocks, prefix_k, kv_short, layer, kv_grad_range, return_lse
-    )
+    reason = cudnn.unsupported(device, q, block_ids, prefix_blocks, prefix_k, kv_grad_range, return_lse)
     if implementation and reason:
       raise NotImplementedError(reason)
     if reason is None:
       return cudnn.pbsa_cudnn(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, kv_short, scale)
-  if layer is not None:
-    one = lambda x: None if x is None else _forward_only(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False))
-    k, v, prefix_k = map(one, (k, v, prefix_k))
   holes = kv_valid, kv_short
   out, lse = pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, *holes, scale, kv_grad_range)
   return (out, lse) if return_lse else out
