@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
   else:
     print(f"without mosaic_sm90: {reason}")
   calls = {name: jax.jit(call) for name, call in calls.items()}
+  jax.block_until_ready([call(x, *layers[0]) for call in calls.values()])  # compiled before power is read
   found = {name: {"ms": [], "watts": [], "mhz": []} for name in calls}
   weights = itertools.cycle(layers)
   for _, (name, call) in itertools.product(range(a.turns), calls.items()):
@@ -70,8 +71,8 @@ def main(argv: list[str]) -> None:
       got = np.asarray(calls[name](x, *layers[0]), np.float64)
       row["error"] = float(np.linalg.norm(got - want) / np.linalg.norm(want))
     us, watts = np.median(row["ms"]) * 1e3, np.median(row["watts"]) if row["watts"] else np.nan
-    row["tflops"] = 2e-6 * rows * k * f / us
-    print(f"{name:12s} {us:7.1f} us  {row['tflops']:6.1f} TFLOP/s  {watts:4.0f} W  {us * watts * 1e-3:6.1f} mJ", end="")
+    row["tflops"], row["mj"] = 2e-6 * rows * k * f / us, us * watts * 1e-3
+    print(f"{name:12s} {us:7.1f} us  {row['tflops']:6.1f} TFLOP/s  {watts:4.0f} W  {row['mj']:6.1f} mJ", end="")
     print(f"  error {row['error']:.2e}" if "error" in row else "")
   record = run_record(to_dict(config), flags=vars(a), **found, protocol=__doc__)
   write_json_atomic(out / "gelu_linear.json", json.loads(json.dumps(record, default=str)))

@@ -3,9 +3,12 @@
 Letters: R rows, K inputs, F outputs.
 """
 
+import functools
+
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels.device import current_device
 from pallas_kernels.gelu_linear import mosaic_sm90
 
 IMPLEMENTATIONS = ("mosaic_sm90", "xla")
@@ -21,8 +24,8 @@ def gelu_linear(
   """gelu(x kernel + bias), GELU by its formula with tanh (Hendrycks and Gimpel, arXiv 1606.08415).
 
   Args:
-    implementation: "mosaic_sm90" (Hopper, 16 bit, K a multiple of 64 from 256 on, F one of 256), "xla" (anywhere), or None for
-      the first of these that supports the arguments.
+    implementation: "mosaic_sm90" (Hopper, 16 bit, R a multiple of 8, K one of 64 from 512 on, F one of 256), "xla" (anywhere),
+      or None for the first of these that supports the arguments.
 
   Returns:
     [R,F] in x's dtype. Differentiable; where a gradient is taken, "xla" also finds the value, as it keeps what is before GELU.
@@ -46,7 +49,7 @@ def gelu_linear(
     if implementation and reason:
       raise NotImplementedError(reason)
     if reason is None:
-      return _by_kernel(x, kernel, bias)
+      return _by_kernel(getattr(current_device(), "core_count", 132), x, kernel, bias)
   return by_xla(x, kernel, bias)
 
 
@@ -55,9 +58,9 @@ def by_xla(x, kernel, bias):
   return jax.nn.gelu(x @ kernel + bias, approximate=True)
 
 
-@jax.custom_vjp
-def _by_kernel(x, kernel, bias):
-  return mosaic_sm90.gelu_linear(x, kernel, bias)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(multiprocessors, x, kernel, bias):
+  return mosaic_sm90.gelu_linear(x, kernel, bias, multiprocessors)
 
 
-_by_kernel.defvjp(lambda *args: jax.vjp(by_xla, *args), lambda back, g: back(g))
+_by_kernel.defvjp(lambda _, *args: jax.vjp(by_xla, *args), lambda _, back, g: back(g))

@@ -2,7 +2,7 @@
 
 Programs stay on their multiprocessor and take one tile after the other. A program has three warpgroups: two multiply, each for
 64 of a tile's 128 rows, the third starts copies into a ring of shared-memory slots. A finished sum is rounded into half its
-registers and leaves these a quarter at a time, in the first steps of the next tile, while that one is multiplied.
+registers and leaves these a quarter at a time, in the next tile's first steps, each while two of these are multiplied.
 
 Programs come in pairs, which take two tiles of the same columns at once: each copies half of the weights' part to both. One
 program alone would ask more of the cache between memory and multiprocessors than it gives at the tensor cores' rate.
@@ -36,7 +36,9 @@ def unsupported(x, kernel) -> str | None:
     return f"implementation: mosaic_sm90 wants a Hopper GPU (wgmma), not {device.device_kind}"
   if x.dtype not in (jnp.bfloat16, jnp.float16):
     return f"x: dtype {x.dtype}; mosaic_sm90 wants bfloat16 or float16"
-  (k, f), least = kernel.shape, PIECES * DEPTH
+  if x.shape[0] % 8:
+    return f"x: {x.shape[0]} rows; mosaic_sm90 wants a multiple of 8"
+  (k, f), least = kernel.shape, 2 * PIECES * DEPTH
   if k % DEPTH or k < least or f % COLUMNS:
     return (
       f"kernel: shape {kernel.shape}; mosaic_sm90 wants a multiple of {DEPTH} from {least} on, and one of {COLUMNS}"
@@ -44,8 +46,8 @@ def unsupported(x, kernel) -> str | None:
   return None
 
 
-def gelu_linear(x, kernel, bias, multiprocessors=132, interpret=None):
-  """See `api.gelu_linear`. multiprocessors: an H100's or H200's."""
+def gelu_linear(x, kernel, bias, multiprocessors, interpret=None):
+  """See `api.gelu_linear`. multiprocessors: how many programs run at a time."""
   (r, k), f = x.shape, kernel.shape[1]
   tiles, columns, steps = -(-r // TILE), f // COLUMNS, k // DEPTH
   # Two tiles of the same columns are a pair's work; of an odd number the last one's columns are taken two at a time.
@@ -110,8 +112,9 @@ def gelu_linear(x, kernel, bias, multiprocessors=132, interpret=None):
           pl.when(j > 0)(lambda: plgpu.barrier_arrive(at(free, first + j - 1)))
 
         for piece, rounded in enumerate(before):
-          step(piece, functools.partial(leave, i - 1, piece, rounded))
-        pl.loop(PIECES, steps)(step)
+          step(2 * piece)
+          step(2 * piece + 1, functools.partial(leave, i - 1, piece, rounded))
+        pl.loop(2 * PIECES, steps)(step)
         return acc[...]
 
       acc = pl.run_scoped(multiply, plgpu.ACC((ROWS, COLUMNS), jnp.float32))

@@ -84,8 +84,8 @@ def _take_tokens_backward(few, saved, g):
   which, slot, whole = jnp.arange(ids.shape[-1])[:, None], jnp.arange(j), whole[..., None, None]
   row = jnp.where(which < whole, which * j + slot, whole * (j - few) + which * few + slot)
   there = (which < whole) | (slot < few)
-  row = jnp.minimum(row, ids.shape[-1] * j - 1).reshape(*ids.shape[:3], -1)
-  g = jnp.where(there[..., None], jnp.take_along_axis(g, row[..., None], -2).reshape(*ids.shape, j, h), 0)
+  g = jnp.take_along_axis(g, row.reshape(*ids.shape[:3], -1, 1), -2).reshape(*ids.shape, j, h)
+  g = jnp.where(there[..., None], g, 0)
   total = _summed(ids.reshape(b, n, -1), blocks, g.reshape(b, n, -1, j * h))
   return total.reshape(b, n, blocks, j, h), None, None
 
