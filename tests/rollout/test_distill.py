@@ -1,6 +1,7 @@
 """Distribution matching: where everything is known in closed form, and the student's gradient against a plain function's."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -184,15 +185,15 @@ def test_the_last_exit_is_the_rollout(student, memory, model):
   """After two chunks of a video, from which blocks come into P; the chunks done side by side are those done in turn."""
   params, text = student
 
-  @jax.jit
-  def both():
-    empty = rollout.start(model, memory, params, text)
-    go = lambda m, n: rollout.rollout(model, memory, FEW, params, m, jax.random.key(11), jnp.arange(1), n)
-    before = go(empty, 2)[1]
-    late = play(params, text, FEW.steps - 1, memory=memory, before=before, model=model)
-    return late, go(before, 3), play(params, text, 0, model=model)[0]
-
-  (x, after, looks), (want, last), early = both()
+  chunk = jax.jit(lambda m: rollout.rollout_chunk(model, memory, FEW, params, m, jax.random.key(11), jnp.arange(1)))
+  memories, made = [started(model, memory, params, text)], []
+  for _ in range(5):
+    x, m = chunk(memories[-1])
+    memories.append(m)
+    made.append(x)
+  exits = jax.jit(lambda exit_step: play(params, text, exit_step, memory=memory, before=memories[2], model=model))
+  (x, after, looks), early = exits(FEW.steps - 1), exits(0)[0]
+  want, last = jnp.stack(made[2:], 1), memories[-1]
   np.testing.assert_allclose(x, want, atol=1e-5 * float(jnp.abs(want).max()))
   np.testing.assert_array_equal(after.origin, last.origin)
   np.testing.assert_allclose(after.k, last.k, atol=1e-4)
@@ -202,6 +203,14 @@ def test_the_last_exit_is_the_rollout(student, memory, model):
   assert np.abs(early - x).max() > 1e-2
 
 
+# Its parts, each compiled once for all chunks: written out in one program they would be compiled again for each.
+part = functools.partial(jax.jit, static_argnums=(0, 1))
+started = part(rollout.start)
+begun = part(lambda model, cfg, memory: kv.per_layer(kv.begin_chunk, model, cfg, memory))
+stepped = part(lambda model, cfg, params, m, x, level: rollout._forward(model, cfg, params, m, x, level, commit=True))
+committed = part(lambda model, cfg, memory, clean: kv.per_layer(kv.commit_chunk, model, cfg, memory, clean))
+
+
 def unrolled(
   params, text, exit_step, cache_gradient, memory_config, frozen=None, chunks=3, real=(), sampler=FEW, model=STUDENT
 ):
@@ -209,13 +218,11 @@ def unrolled(
 
   real: latents of the first chunks, if these are given. Returns (clips, constants, memory).
   """
-  memory, clips, made = rollout.start(model, memory_config, params, text), [], []
+  memory, clips, made = started(model, memory_config, params, text), [], []
   key, level = jax.random.key(11), lambda i: jnp.full((1, 3), FEW.sigmas[i])
   for t in range(chunks):
-    memory = kv.per_layer(kv.begin_chunk, model, memory_config, memory)
-    step = lambda x, i, m=memory: rollout._forward(
-      model, memory_config, params, m, x, level(i), commit=True
-    )  # tells its k and v
+    memory = begun(model, memory_config, memory)
+    step = lambda x, i, m=memory: stepped(model, memory_config, params, m, x, level(i))  # tells its k and v
     if frozen is None:
       keys = rollout.chunk_keys(key, jnp.arange(1), t)
       x = jax.random.normal(jax.random.fold_in(keys[0], 0), (1, 3, *model.latent_size, model.latent_channels))
@@ -238,7 +245,7 @@ def unrolled(
       clean, was = frozen[t]["clean"], frozen[t]["own"]
       if cache_gradient == "straight_through" and t >= len(real):
         clean = clean._replace(k=clean.k + own.k - was.k, v=clean.v + own.v - was.v)
-    memory = kv.per_layer(kv.commit_chunk, model, memory_config, memory, clean)
+    memory = committed(model, memory_config, memory, clean)
     clips.append(x0)
   return jnp.stack(clips, 1), made, memory
 
@@ -258,8 +265,7 @@ def test_the_memory_of_a_kept_last_step_is_that_of_sampling(student):
   np.testing.assert_allclose(x, jnp.stack(made, 1), atol=1e-5 * scale)
   same_memory(last, want)
   same_memory(middle, want)  # re-noised as sampling would have, its prediction is what the last step saw
-  by_hand = jax.jit(lambda: unrolled(params, text, 0, None, memory, chunks=4, sampler=LAST)[::2])
-  clips, hand = by_hand()
+  clips, _, hand = unrolled(params, text, 0, None, memory, chunks=4, sampler=LAST)
   np.testing.assert_allclose(first, clips, atol=1e-5 * scale)
   same_memory(early, hand)
   assert np.abs(early.k - want.k).max() > 1e-2
@@ -281,13 +287,13 @@ def test_gradient_is_that_of_a_plain_function(student, memory, sampler, exit_ste
   target = jax.random.normal(jax.random.key(12), (1, 3, 3, 4, 6, 3))
   error = lambda x: ((x - target) ** 2).mean()
   more = dict(sampler=sampler, model=model)
-  frozen = jax.jit(lambda p: unrolled(p, text, exit_step, None, memory, **more)[1])(params)
+  frozen = unrolled(params, text, exit_step, None, memory, **more)[1]
   for how in rollout.CACHE_GRADIENTS:
     value, grads = jax.jit(
       jax.value_and_grad(lambda p, how=how: error(play(p, text, exit_step, how, memory=memory, **more)[0]))
     )(params)
     of = lambda p, how=how: error(unrolled(p, text, exit_step, how, memory, frozen, model=model)[0])
-    plain = jax.jit(jax.value_and_grad(of))
+    plain = jax.value_and_grad(of)
     want_value, want = plain(params)
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     norm = optax.tree.norm(want)
@@ -295,7 +301,7 @@ def test_gradient_is_that_of_a_plain_function(student, memory, sampler, exit_ste
     rng = np.random.default_rng(13)
     direction = jax.tree.map(lambda g: g + jnp.asarray(rng.normal(size=g.shape), jnp.float32) * jnp.abs(g).mean(), want)  # noqa: B023
     size = float(optax.tree.norm(direction))
-    moved = [float(plain(optax.tree.add_scale(params, s / size, direction))[0]) for s in (0.01, -0.01)]
+    moved = [float(of(optax.tree.add_scale(params, s / size, direction))) for s in (0.01, -0.01)]
     slope = float(optax.tree.vdot(grads, direction)) / size
     # A central difference errs by the third derivative times the step squared, and float32 by 1e-6 of the loss.
     assert abs((moved[0] - moved[1]) / 0.02 - slope) <= 0.05 * slope
@@ -310,7 +316,7 @@ def test_gradient_after_a_real_chunk_is_that_of_a_plain_function(student):
   exit_step, latents = 1, real_chunks(1, 1)
   target = jax.random.normal(jax.random.key(12), (1, 3, 3, 4, 6, 3))
   error = lambda x: ((x - target) ** 2).mean()
-  frozen = jax.jit(lambda p: unrolled(p, text, exit_step, None, MEMORY, real=[latents[:, 0]])[1])(params)
+  frozen = unrolled(params, text, exit_step, None, MEMORY, real=[latents[:, 0]])[1]
   norm, apart = optax.tree.norm, lambda x, y: optax.tree.norm(optax.tree.sub(x, y))
   found = {}
   for how in rollout.CACHE_GRADIENTS:
@@ -318,7 +324,7 @@ def test_gradient_after_a_real_chunk_is_that_of_a_plain_function(student):
     plain = lambda p, how=how: error(unrolled(p, text, exit_step, how, MEMORY, frozen, real=[latents[:, 0]])[0])
     gradient = jax.jit(jax.value_and_grad(of))
     value, grads = gradient(params, rollout.Beginning(latents, jnp.ones((1, 1), bool)))
-    want_value, want = jax.jit(jax.value_and_grad(plain))(params)
+    want_value, want = jax.value_and_grad(plain)(params)
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     assert apart(grads, want) <= 1e-4 * norm(want)
     found[how] = grads
@@ -343,24 +349,25 @@ def test_a_real_beginning_is_what_the_memory_gets(student, memory, sampler):
   text = jnp.concatenate([text, text + 1])
   latents, real = real_chunks(2, 3), jnp.asarray([[True] * 3, [False] * 3])
 
-  @jax.jit
-  def go(beginning):
-    m = rollout.start(STUDENT, memory, params, text)
-    silent = lambda m: rollout.rollout_chunk(
+  silent = jax.jit(
+    lambda m, beginning: rollout.rollout_chunk(
       STUDENT, memory, sampler, params, m, jax.random.key(11), jnp.arange(2), in_place=True, beginning=beginning
     )[1]
-    x, m, looks = play(params, text, 1, chunks=2, memory=memory, before=silent(m), beginning=beginning, sampler=sampler)
-    return x, m, looks.keys, looks.content, silent(m)  # after the beginning all is made
+  )
+  played = jax.jit(
+    lambda m, beginning: play(params, text, 1, chunks=2, memory=memory, before=m, beginning=beginning, sampler=sampler)
+  )
+  append = jax.jit(lambda m, x: rollout.append_chunk(STUDENT, memory, params, m, x, in_place=True))
 
-  @jax.jit
-  def appended():
-    m = rollout.start(STUDENT, memory, params, text)
-    for t in range(3):
-      m = rollout.append_chunk(STUDENT, memory, params, m, latents[:, t], in_place=True)
-    return m
+  def go(real):
+    beginning = rollout.Beginning(latents, real)
+    x, m, looks = played(silent(started(STUDENT, memory, params, text), beginning), beginning)
+    return x, m, looks.keys, looks.content, silent(m, beginning)  # after the beginning all is made
 
-  (x, after, *looks, later), (ever, made, *others, made_later) = go(rollout.Beginning(latents, real)), go(None)
-  want = appended()
+  (x, after, *looks, later), (ever, made, *others, made_later) = go(real), go(real & False)
+  want = started(STUDENT, memory, params, text)
+  for t in range(3):
+    want = append(want, latents[:, t])
   np.testing.assert_array_equal(x[0], latents[0, 1:])
   np.testing.assert_allclose(x[1], ever[1], atol=1e-5)
   for name in ("k", "v", "pooled", "score", "origin"):
