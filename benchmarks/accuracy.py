@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks.realtime import random_text, random_weights
 from pallas_kernels.few_keys import mosaic_sm90 as few_keys
+from pallas_kernels.gelu_linear import mosaic_sm90 as gelu_linear
 from pallas_kernels.pbsa import mosaic_sm90 as pbsa
 from pallas_kernels.slots import mosaic_sm90 as slots
 from sfjax import memory as kv
@@ -73,7 +74,7 @@ def play(model: ModelConfig, config: Config, params, text, chunks: int, lists=No
 def without_kernels():
   """No call takes a kernel of this package."""
   with contextlib.ExitStack() as stack:
-    for module in (pbsa, slots, few_keys):
+    for module in (pbsa, slots, few_keys, gelu_linear):
       stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "asked not to"))
     yield
 

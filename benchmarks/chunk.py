@@ -36,7 +36,7 @@ KERNELS = (  # by name, what XLA did not write itself
   ("pbsa", "pbsa"),
   ("to_slots", "slots"),
   ("few_keys|fmha|flash", "cross-attention"),
-  ("nvjet|cutlass|gemm|cublas", "products"),
+  ("nvjet|cutlass|gemm|cublas|gelu_linear", "products"),
   ("memcpy|memset|copy", "copies"),
 )
 SCOPES = ("lists", "memory", "layers")  # of `jax.named_scope` in the package
