@@ -2,7 +2,7 @@
 
 import sys
 
-from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass
+from sfjax.config import read_config, split_overrides
 from sfjax.errors import Parser, command
 
 
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--processes", type=int, help="of such a run")
   parser.add_argument("--process", type=int, help="which of them this is")
   flags = parser.parse_args(rest)
-  config = to_dataclass(Config, apply_overrides(load_config(flags.config), overrides))
+  config = read_config(flags.config, overrides)
   from sfjax.cluster import join  # after the flags: nothing heavy starts on a typing error
   from sfjax.training import train
 

@@ -11,7 +11,6 @@ are the relative L2 distance of a chunk's latents from float32's (products at th
 import contextlib
 import dataclasses
 import functools
-import json
 import sys
 from unittest import mock
 
@@ -26,7 +25,7 @@ from pallas_kernels.pbsa import mosaic_sm90 as pbsa
 from pallas_kernels.slots import mosaic_sm90 as slots
 from sfjax import memory as kv
 from sfjax import rollout
-from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
+from sfjax.config import Config, read_config, split_overrides, to_dict
 from sfjax.errors import Parser, UserError, check_flags, command
 from sfjax.flow import few_step, to_x0
 from sfjax.model import ModelConfig
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> None:
   p.add_argument("--words", type=int, default=40, help="rows of the prompt")
   p.add_argument("--out", default="out/accuracy")
   a = p.parse_args(rest)
-  config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
+  config = read_config(a.config, overrides)
   check_flags(a, ("layers", 1, config.model.layers), ("chunks", 1, 100), ("words", 0, config.model.text_len))
   if wrong := rollout.untrainable(config.sampler):
     raise UserError(f"--config: sampler of {wrong}")
@@ -107,8 +106,7 @@ def main(argv: list[str]) -> None:
       made, *_ = play(model, config, params, text, a.chunks, *given)
     found[name] = [float(np.linalg.norm(x - w) / np.linalg.norm(w)) for x, w in zip(made, want, strict=True)]
     print(f"{name:8s} {' '.join(f'{x:.5f}' for x in found[name])}", flush=True)
-  record = run_record(to_dict(config), flags=vars(a), **found, protocol=__doc__)
-  write_json_atomic(out / "accuracy.json", json.loads(json.dumps(record, default=str)))
+  write_json_atomic(out / "accuracy.json", run_record(to_dict(config), flags=vars(a), **found, protocol=__doc__))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ read), "memory" (P and scores, once a chunk), "layers" (all else there: norms, m
 import argparse
 import collections
 import dataclasses
-import json
 import pathlib
 import re
 import subprocess
@@ -28,7 +27,7 @@ import numpy as np
 
 from benchmarks.realtime import random_text, random_weights
 from sfjax import rollout
-from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
+from sfjax.config import read_config, split_overrides, to_dict
 from sfjax.errors import Parser, check_flags, command
 from sfjax.runlog import keep_programs, latency, make_folder, run_record, write_json_atomic
 
@@ -139,7 +138,7 @@ def main(argv: list[str]) -> None:
   p.add_argument("--profiled", type=int, default=3, help=argparse.SUPPRESS)
   p.add_argument("--out", default="out/chunk")
   a = p.parse_args(rest)
-  config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
+  config = read_config(a.config, overrides)
   check_flags(a, ("chunks", 1, 10_000), ("words", 0, config.model.text_len))
   out = make_folder(a.out, "--out")
   keep_programs()
@@ -186,8 +185,7 @@ def main(argv: list[str]) -> None:
     print(f"busy {found['busy_ms']:.1f} ms, gaps {found['gaps_ms']:.1f} ms, {found['kernels']:.0f} kernels; by stage:")
     for stage, ms in found["stages_ms"].items():
       print(f"{ms:8.2f} ms  {stage}")
-  record = run_record(to_dict(config), flags=vars(a), **found, protocol=__doc__)
-  write_json_atomic(out / "chunk.json", json.loads(json.dumps(record, default=str)))
+  write_json_atomic(out / "chunk.json", run_record(to_dict(config), flags=vars(a), **found, protocol=__doc__))
 
 
 if __name__ == "__main__":

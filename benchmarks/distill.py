@@ -33,7 +33,7 @@ import optax
 from benchmarks.realtime import random_weights
 from sfjax import cluster, self_forcing, teacher_forcing, training
 from sfjax.captions import Text
-from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
+from sfjax.config import Config, read_config, split_overrides, to_dict
 from sfjax.errors import Parser, UserError, command
 from sfjax.runlog import keep_programs, make_folder, peak_memory, run_record, write_json_atomic
 
@@ -263,7 +263,7 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--runs: {a.runs}; want 1 or more")
   if jax.device_count() != 1:
     raise UserError(f"{jax.device_count()} devices; want one (CUDA_VISIBLE_DEVICES=0)")
-  config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
+  config = read_config(a.config, overrides)
   out = make_folder(a.out, "--out")
   keep_programs()
   plain = json.loads(json.dumps(to_dict(config)))

@@ -9,7 +9,6 @@ model. Implementations take turns, each long enough to reach the GPU's power lim
 
 import functools
 import itertools
-import json
 import sys
 
 import jax
@@ -19,7 +18,7 @@ import numpy as np
 from benchmarks.chunk import Watched
 from pallas_kernels.gelu_linear import api, gelu_linear, mosaic_sm90
 from pallas_kernels.pbsa.timing import timed
-from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
+from sfjax.config import read_config, split_overrides, to_dict
 from sfjax.errors import Parser, check_flags, command
 from sfjax.runlog import make_folder, run_record, write_json_atomic
 
@@ -37,7 +36,7 @@ def main(argv: list[str]) -> None:
   p.add_argument("--runs", type=int, default=20, help="bursts of a tenth of a second in a turn")
   p.add_argument("--out", default="out/gelu_linear")
   a = p.parse_args(rest)
-  config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
+  config = read_config(a.config, overrides)
   check_flags(a, ("layers", 1, 100), ("turns", 1, 100), ("runs", 1, 1000))
   out, model = make_folder(a.out, "--out"), config.model
   rows, k, f = model.layout.tokens, model.dim, model.ffn_dim
@@ -70,12 +69,15 @@ def main(argv: list[str]) -> None:
     if name != "product":
       got = np.asarray(calls[name](x, *layers[0]), np.float64)
       row["error"] = float(np.linalg.norm(got - want) / np.linalg.norm(want))
-    us, watts = np.median(row["ms"]) * 1e3, np.median(row["watts"]) if row["watts"] else np.nan
-    row["tflops"], row["mj"] = 2e-6 * rows * k * f / us, us * watts * 1e-3
-    print(f"{name:12s} {us:7.1f} us  {row['tflops']:6.1f} TFLOP/s  {watts:4.0f} W  {row['mj']:6.1f} mJ", end="")
-    print(f"  error {row['error']:.2e}" if "error" in row else "")
-  record = run_record(to_dict(config), flags=vars(a), **found, protocol=__doc__)
-  write_json_atomic(out / "gelu_linear.json", json.loads(json.dumps(record, default=str)))
+    us = np.median(row["ms"]) * 1e3
+    row["tflops"] = 2e-6 * rows * k * f / us
+    told = f"{name:12s} {us:7.1f} us  {row['tflops']:6.1f} TFLOP/s"
+    if row["watts"]:
+      watts = np.median(row["watts"])
+      row["mj"] = us * watts * 1e-3
+      told += f"  {watts:4.0f} W  {row['mj']:6.1f} mJ"
+    print(told, f"  error {row['error']:.2e}" if "error" in row else "")
+  write_json_atomic(out / "gelu_linear.json", run_record(to_dict(config), flags=vars(a), **found, protocol=__doc__))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from sfjax.checkpoint import Checkpoints, flatten
-from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass
+from sfjax.config import read_config, split_overrides
 from sfjax.errors import Parser, UserError, command
 from sfjax.runlog import make_folder, run_record, write_json_atomic
 from sfjax.training import task
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
     print(f"kill {kills}: {moments[-1]}", flush=True)
   if _start(a.config, overrides, broken).wait():
     raise RuntimeError(f"the last run failed; see {out / 'broken.log'}")
-  config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
+  config = read_config(a.config, overrides)
   like, ends = task(config).state(config), []
   for folder in (unbroken, broken):
     with Checkpoints(folder / "checkpoints") as checkpoints:

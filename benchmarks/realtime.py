@@ -49,7 +49,7 @@ from benchmarks import self_forcing_peer
 from benchmarks.realtime_report import HEADER, line, peer_line, plot
 from sfjax import cluster, ledger, rollout
 from sfjax.checkpoint import named
-from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass, to_dict
+from sfjax.config import Config, read_config, split_overrides, to_dict
 from sfjax.data.digits import first_frame
 from sfjax.errors import Parser, UserError, command
 from sfjax.flow import COMMITS, ROUTING
@@ -255,7 +255,7 @@ def main(argv: list[str]) -> None:
       raise UserError(f"--seconds: {seconds:g}; want more than 0 and at most 3600")
   if a.streams < 1:
     raise UserError(f"--streams: {a.streams}; want 1 or more")
-  config = to_dataclass(Config, apply_overrides(load_config(a.config), overrides))
+  config = read_config(a.config, overrides)
   out = make_folder(a.out, "--out")
   # Before JAX has taken the device's memory.
   peer = self_forcing_peer.run_beside(a.self_forcing) if a.self_forcing else {}

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from sfjax import cluster, training
-from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_dataclass
+from sfjax.config import read_config, split_overrides
 from sfjax.data.loader import make_loader
 
 
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
   p.add_argument("--steps_file", help="write the number of steps that fit here")
   p.add_argument("--trace", help="write a profile of three steps of every stage into this folder")
   a = p.parse_args(rest)
-  config = training.with_batches(to_dataclass(Config, apply_overrides(load_config(a.config), overrides)))
+  config = training.with_batches(read_config(a.config, overrides))
   task, mesh = training.task(config), cluster.make_mesh(config.train.fsdp, config.train.tensor, config.train.context)
   mean, start, compile_total = 0.0, 0.0, 0.0
   for stage in config.train.stages:

@@ -357,6 +357,15 @@ def _parse(key: str, text: str, old):
     raise UserError(f"--config.{key}: {text!r} is not accepted; want {type(old).__name__}, now {old!r}") from e
 
 
+def read_config(spec: str, overrides: dict[str, str]) -> Config:
+  """A `--config` file with the overrides beside it.
+
+  Raises:
+    UserError: as `load_config`, `apply_overrides` and `to_dataclass` do.
+  """
+  return to_dataclass(Config, apply_overrides(load_config(spec), overrides))
+
+
 def apply_overrides(config: ConfigDict, overrides: dict[str, str]) -> ConfigDict:
   """Sets keys, each parsed as the type it has now.
 

@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.dense import dense_attention
 from pallas_kernels.few_keys import mosaic_sm90
-
-IMPLEMENTATIONS = ("mosaic_sm90", "dense")
+from pallas_kernels.implementations import always, chosen
 
 
 def few_keys(
@@ -64,14 +63,9 @@ def few_keys(
   wide = jnp.promote_types(product.dtype, jnp.float32)
   if squares.dtype != wide:
     raise ValueError(f"squares: dtype {squares.dtype}; want {wide}")
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
-  if implementation in (None, "mosaic_sm90"):
-    reason = mosaic_sm90.unsupported(product, k)
-    if implementation and reason:
-      raise NotImplementedError(reason)
-    if reason is None:
-      return _by_kernel(width, eps, product, vectors, squares, k, v, distinct)
+  reasons = {"mosaic_sm90": lambda: mosaic_sm90.unsupported(product, k), "dense": always}
+  if chosen(implementation, reasons) == "mosaic_sm90":
+    return _by_kernel(width, eps, product, vectors, squares, k, v, distinct)
   return every_key(width, eps, product, vectors, squares, k, v)
 
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.frames import mosaic_sm90
-
-IMPLEMENTATIONS = ("mosaic_sm90", "xla")
+from pallas_kernels.implementations import always, chosen
 
 
 def normed_frames(
@@ -36,14 +35,9 @@ def normed_frames(
     raise ValueError(f"past: {past.dtype} {past.shape}; want {x.dtype} {(b, 2, *size, c)}, two frames like x's")
   if gamma.shape != (c,):
     raise ValueError(f"gamma: shape {gamma.shape}; want {(c,)}")
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
-  if implementation in (None, "mosaic_sm90"):
-    reason = mosaic_sm90.unsupported(x)
-    if implementation and reason:
-      raise NotImplementedError(reason)
-    if reason is None:
-      return _by_kernel(x, past, gamma)
+  reasons = {"mosaic_sm90": lambda: mosaic_sm90.unsupported(x), "xla": always}
+  if chosen(implementation, reasons) == "mosaic_sm90":
+    return _by_kernel(x, past, gamma)
   return _by_xla(x, past, gamma)
 
 

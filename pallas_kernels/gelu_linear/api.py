@@ -8,10 +8,9 @@ import functools
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.device import current_device
+from pallas_kernels.device import current_device, multiprocessors
 from pallas_kernels.gelu_linear import mosaic_sm90
-
-IMPLEMENTATIONS = ("mosaic_sm90", "xla")
+from pallas_kernels.implementations import always, chosen
 
 
 def gelu_linear(
@@ -42,14 +41,9 @@ def gelu_linear(
   for name, a in (("kernel", kernel), ("bias", bias)):
     if a.dtype != x.dtype:
       raise ValueError(f"{name}: dtype {a.dtype}; want x's dtype {x.dtype}")
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
-  if implementation in (None, "mosaic_sm90"):
-    reason = mosaic_sm90.unsupported(x, kernel)
-    if implementation and reason:
-      raise NotImplementedError(reason)
-    if reason is None:
-      return _by_kernel(getattr(current_device(), "core_count", 132), x, kernel, bias)
+  reasons = {"mosaic_sm90": lambda: mosaic_sm90.unsupported(x, kernel), "xla": always}
+  if chosen(implementation, reasons) == "mosaic_sm90":
+    return _by_kernel(multiprocessors(current_device()), x, kernel, bias)
   return by_xla(x, kernel, bias)
 
 

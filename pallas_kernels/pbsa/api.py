@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.device import current_device
+from pallas_kernels.device import current_device, multiprocessors
+from pallas_kernels.implementations import always, chosen
 from pallas_kernels.pbsa import cudnn, mosaic_sm90
 from pallas_kernels.pbsa.lists import BLOCK, TILE
 from pallas_kernels.pbsa.mosaic_sm90_config import choose_config
 from pallas_kernels.pbsa.reference import pbsa_xla
 
-IMPLEMENTATIONS = ("mosaic_sm90", "cudnn", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -107,31 +107,30 @@ def pbsa(
     ValueError: a wrong shape or dtype, naming the argument. NotImplementedError: the implementation cannot do this.
   """
   _check(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, kv_short, layer, kv_grad_range)
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   device = current_device()
-  if implementation in (None, "mosaic_sm90"):
-    reason = mosaic_sm90.unsupported(device, q, scale)
-    if implementation and reason:
-      raise NotImplementedError(reason)
-    if reason is None:
-      config = choose_config(q.shape[-1], kv_valid, device.device_kind)
-      cores = getattr(device, "core_count", mosaic_sm90.Call.multiprocessors)
-      call = mosaic_sm90.Call(scale, kv_valid, kv_grad_range, config, multiprocessors=cores, kv_short=kv_short)
-      if layer is not None:
-        q, k, v = (_forward_only(x) for x in (q, k, v))
-      out, lse = mosaic_sm90.pbsa_mosaic(call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks, layer)
-      return (out, lse) if return_lse else out
+  how = chosen(
+    implementation,
+    {
+      "mosaic_sm90": lambda: mosaic_sm90.unsupported(device, q, scale),
+      "cudnn": lambda: cudnn.unsupported(device, q, block_ids, prefix_blocks, prefix_k, kv_grad_range, return_lse),
+      "xla": always,
+    },
+  )
+  if how == "mosaic_sm90":
+    config = choose_config(q.shape[-1], kv_valid, device.device_kind)
+    call = mosaic_sm90.Call(
+      scale, kv_valid, kv_grad_range, config, multiprocessors=multiprocessors(device), kv_short=kv_short
+    )
+    if layer is not None:
+      q, k, v = (_forward_only(x) for x in (q, k, v))
+    out, lse = mosaic_sm90.pbsa_mosaic(call, q, k, v, prefix_k, block_ids, block_counts, prefix_blocks, layer)
+    return (out, lse) if return_lse else out
   if layer is not None:
     one = lambda x: None if x is None else _forward_only(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False))
     k, v, prefix_k = map(one, (k, v, prefix_k))
-  if implementation in (None, "cudnn"):
-    reason = cudnn.unsupported(device, q, block_ids, prefix_blocks, prefix_k, kv_grad_range, return_lse)
-    if implementation and reason:
-      raise NotImplementedError(reason)
-    if reason is None:
-      return cudnn.pbsa_cudnn(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, kv_short, scale)
+  if how == "cudnn":
+    return cudnn.pbsa_cudnn(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, kv_valid, kv_short, scale)
   holes = kv_valid, kv_short
   out, lse = pbsa_xla(q, k, v, block_ids, block_counts, prefix_blocks, prefix_k, *holes, scale, kv_grad_range)
   return (out, lse) if return_lse else out

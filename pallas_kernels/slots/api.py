@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.implementations import always, chosen
 from pallas_kernels.pbsa import BLOCK, TILE
 from pallas_kernels.slots import mosaic_sm90
-
-IMPLEMENTATIONS = ("mosaic_sm90", "xla")
 
 
 def to_slots(
@@ -73,15 +72,10 @@ def to_slots(
   tiles = -(-t // (2 * valid))
   if slots % BLOCK or slots < tiles * TILE:
     raise ValueError(f"k_slots: S = {slots}; want a multiple of {BLOCK}, at least {tiles * TILE}")
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise NotImplementedError(f"implementation: {implementation!r}; this build has {', '.join(IMPLEMENTATIONS)}")
   args = (q, k, v, vectors, cos, sin, k_slots, v_slots, layer, first)
-  if implementation in (None, "mosaic_sm90"):
-    reason = mosaic_sm90.unsupported(q, t, (n, h), valid)
-    if implementation and reason:
-      raise NotImplementedError(reason)
-    if reason is None:
-      return _by_kernel(valid, eps, *args)
+  reasons = {"mosaic_sm90": lambda: mosaic_sm90.unsupported(q, t, (n, h), valid), "xla": always}
+  if chosen(implementation, reasons) == "mosaic_sm90":
+    return _by_kernel(valid, eps, *args)
   return by_xla(valid, eps, *args)
 
 

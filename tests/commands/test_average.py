@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from sfjax import average, checkpoint, teacher_forcing
-from sfjax.config import Config, apply_overrides, load_config, to_dataclass, to_dict
+from sfjax.config import read_config, to_dict
 
 
 def tiny(**overrides):
-  return to_dataclass(Config, apply_overrides(load_config("configs/digits.py:tiny"), overrides))
+  return read_config("configs/digits.py:tiny", overrides)
 
 
 @pytest.fixture(scope="module")

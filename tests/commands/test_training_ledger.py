@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from sfjax import ledger, self_forcing, training_ledger
-from sfjax.config import Config, apply_overrides, load_config, to_dataclass
+from sfjax.config import Config, load_config, read_config, to_dataclass
 
 
 def predicted(
   spec: str, devices: int, teacher=None, critic=None, tensor=1, offload="none"
 ) -> training_ledger.Prediction:
   split = {"train.fsdp": str(devices // tensor), "train.tensor": str(tensor), "train.offload": offload}
-  config = to_dataclass(Config, apply_overrides(load_config(spec), split))
+  config = read_config(spec, split)
   return training_ledger.predict(config, *training_ledger.judges(config, teacher, critic), devices)
 
 

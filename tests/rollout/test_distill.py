@@ -13,7 +13,7 @@ from sfjax import distill, rollout
 from sfjax import memory as kv
 from sfjax.flow import SamplerConfig, few_step
 from sfjax.routing import MemoryConfig
-from tests.memory.test_equality import random_params, tiny
+from tests.memory.test_equality import random_params, start, tiny
 from tests.rollout.toy import TOLERANCE, same_memory
 
 SHAPE = (4096, 2, 1, 2, 3)
@@ -186,7 +186,7 @@ def test_the_last_exit_is_the_rollout(student, memory, model):
   params, text = student
 
   chunk = jax.jit(lambda m: rollout.rollout_chunk(model, memory, FEW, params, m, jax.random.key(11), jnp.arange(1)))
-  memories, made = [started(model, memory, params, text)], []
+  memories, made = [start(model, memory, params, text)], []
   for _ in range(5):
     x, m = chunk(memories[-1])
     memories.append(m)
@@ -205,7 +205,6 @@ def test_the_last_exit_is_the_rollout(student, memory, model):
 
 # Its parts, each compiled once for all chunks: written out in one program they would be compiled again for each.
 part = functools.partial(jax.jit, static_argnums=(0, 1))
-started = part(rollout.start)
 begun = part(lambda model, cfg, memory: kv.per_layer(kv.begin_chunk, model, cfg, memory))
 stepped = part(lambda model, cfg, params, m, x, level: rollout._forward(model, cfg, params, m, x, level, commit=True))
 committed = part(lambda model, cfg, memory, clean: kv.per_layer(kv.commit_chunk, model, cfg, memory, clean))
@@ -218,7 +217,7 @@ def unrolled(
 
   real: latents of the first chunks, if these are given. Returns (clips, constants, memory).
   """
-  memory, clips, made = started(model, memory_config, params, text), [], []
+  memory, clips, made = start(model, memory_config, params, text), [], []
   key, level = jax.random.key(11), lambda i: jnp.full((1, 3), FEW.sigmas[i])
   for t in range(chunks):
     memory = begun(model, memory_config, memory)
@@ -361,11 +360,11 @@ def test_a_real_beginning_is_what_the_memory_gets(student, memory, sampler):
 
   def go(real):
     beginning = rollout.Beginning(latents, real)
-    x, m, looks = played(silent(started(STUDENT, memory, params, text), beginning), beginning)
+    x, m, looks = played(silent(start(STUDENT, memory, params, text), beginning), beginning)
     return x, m, looks.keys, looks.content, silent(m, beginning)  # after the beginning all is made
 
   (x, after, *looks, later), (ever, made, *others, made_later) = go(real), go(real & False)
-  want = started(STUDENT, memory, params, text)
+  want = start(STUDENT, memory, params, text)
   for t in range(3):
     want = append(want, latents[:, t])
   np.testing.assert_array_equal(x[0], latents[0, 1:])
