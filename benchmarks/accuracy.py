@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.realtime import random_text, random_weights
+from pallas_kernels.add_norm import mosaic_sm90 as add_norm
 from pallas_kernels.few_keys import mosaic_sm90 as few_keys
 from pallas_kernels.gelu_linear import mosaic_sm90 as gelu_linear
 from pallas_kernels.pbsa import mosaic_sm90 as pbsa
@@ -73,7 +74,7 @@ def play(model: ModelConfig, config: Config, params, text, chunks: int, lists=No
 def without_kernels():
   """No call takes a kernel of this package."""
   with contextlib.ExitStack() as stack:
-    for module in (pbsa, slots, few_keys, gelu_linear):
+    for module in (pbsa, slots, few_keys, gelu_linear, add_norm):
       stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "asked not to"))
     yield
 

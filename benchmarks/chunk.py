@@ -36,6 +36,7 @@ KERNELS = (  # by name, what XLA did not write itself
   ("to_slots", "slots"),
   ("few_keys|fmha|flash", "cross-attention"),
   ("nvjet|cutlass|gemm|cublas|gelu_linear", "products"),
+  ("add_norm", "layers"),
   ("memcpy|memset|copy", "copies"),
 )
 SCOPES = ("lists", "memory", "layers")  # of `jax.named_scope` in the package

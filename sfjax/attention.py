@@ -89,7 +89,7 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
 
 
 def _projected(layout: BlockLayout, block, x: Float[Array, "*B S N H"]) -> Float[Array, "*B T D"]:
-  """The output projection of rows in slots, as tokens: taken out of their slots first where that moves none."""
+  """`Attention.out` of rows in slots, as tokens: taken out of their slots first where that moves none."""
   if layout.valid < BLOCK:
     return layout.unpack(block.self_attn.out(x))
   tokens = layout.unpack(x.reshape(*x.shape[:-2], -1))

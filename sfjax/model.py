@@ -17,7 +17,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.add_norm import Term, add, add_norm, norm
 from pallas_kernels.few_keys import few_keys
+from pallas_kernels.gelu_linear import gelu_linear
 from sfjax import float8
 from sfjax.axes import mean, total
 from sfjax.errors import check
@@ -158,9 +160,9 @@ class Linear(nnx.Module):
     """x W, kept apart, and whatever rows more."""
     return jax.lax.optimization_barrier(self._times(x))
 
-  def joined(self, x):
-    """y in x's dtype, for a GELU to follow: all in one product's epilogue on a GPU; and whatever rows more."""
-    return self._times(x) + self.bias[...].astype(x.dtype)
+  def gelu(self, x):
+    """GELU of y in x's dtype: all in one product's epilogue on a GPU, or one kernel."""
+    return gelu_linear(x, self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype))
 
   def finished(self, product):
     return wide(product) + as_used(self.bias, product.dtype)
@@ -168,9 +170,13 @@ class Linear(nnx.Module):
   def __call__(self, x):
     return self.finished(self.product(x)[..., : x.shape[-2], :])
 
-  def summed(self, x):
-    """The same, where x and W's rows are split over devices as `sfjax.axes` says."""
-    return self.finished(total(self.product(x)[..., : x.shape[-2], :]))
+  def total(self, x):
+    """x W, kept apart, where x and W's rows are split over devices as `sfjax.axes` says."""
+    return total(self.product(x)[..., : x.shape[-2], :])
+
+  def term(self, product, gate=None) -> Term:
+    """What is added to a layer's rows, of x W by `total`."""
+    return Term(product, self.bias[...].astype(product.dtype)[None, None], gate)
 
 
 class Float8Linear(Linear):
@@ -184,6 +190,9 @@ class Float8Linear(Linear):
   def _times(self, x):
     return float8.product(float8.rounded(x), self.kernel_t[...], self.scale[...], x.dtype)
 
+  def gelu(self, x):
+    return jax.nn.gelu(self._times(x) + self.bias[...].astype(x.dtype), approximate=True)
+
 
 class Float8RowsLinear(Float8Linear):
   """The same for rows of any size: each has a scale."""
@@ -192,19 +201,6 @@ class Float8RowsLinear(Float8Linear):
     rows, scale = float8.by_rows(x)
     y = jax.lax.optimization_barrier(float8.product(rows, self.kernel_t[...], self.scale[...], x.dtype))
     return (wide(y[..., : x.shape[-2], :]) * scale).astype(x.dtype)
-
-
-def layer_norm(x, eps: float):
-  """Non-affine LayerNorm, wide."""
-  y = wide(x)
-  y = y - y.mean(-1, keepdims=True)
-  return y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
-
-
-def modulated(layout: BlockLayout, x, shift, scale, eps: float):
-  """LayerNorm, then every frame's own scale and shift, wide as `frame_values` gives them; x's dtype returns."""
-  y = layer_norm(x, eps)
-  return (layout.per_frame(y) * (1 + scale) + shift).reshape(y.shape).astype(x.dtype)
 
 
 def rms_scale(x, eps: float):
@@ -254,8 +250,8 @@ class Attention(nnx.Module):
     return [p.product(x) for p in parts], jnp.stack([a[...] for a in vectors]).astype(x.dtype)
 
   def out(self, x: Float[Array, "*B T N H"]) -> Float[Array, "*B T D"]:
-    """The output projection, wide."""
-    return self.o.summed(x.reshape(*x.shape[:-2], -1))
+    """The output projection but for its bias, which `add_norm` adds."""
+    return self.o.total(x.reshape(*x.shape[:-2], -1))
 
 
 class Block(nnx.Module):
@@ -283,28 +279,27 @@ class Block(nnx.Module):
     return y + self.importance_bias[...][:, None]
 
   def __call__(self, x, e0, turn, text_kv, attend):
-    """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv: a layer's; attend(block, x, turn) -> (x, ...)."""
+    """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv: a layer's; attend(block, x, turn) -> (what
+    `Attention.out` gives, ...)."""
     cfg, layout = self.cfg, self.cfg.layout
-    m = [layout.frame_values(a) for a in jnp.moveaxis(as_used(self.modulation, x.dtype) + e0, -2, 0)]
+    how = dict(run=layout.run, frames=layout.tile[0])
+    m = as_used(self.modulation, x.dtype) + e0 + np.array([0, 1, 0, 0, 1, 0], np.float32)[:, None]  # scales are around 1
+    shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = map(layout.frame_vectors, jnp.moveaxis(m, -2, 0))
+    whole, framed = (lambda a: a.reshape(x.shape)), (lambda a: layout.framed(a.reshape(x.shape)))
+    y = framed(x)
 
-    def gated(y, gate):
-      return (layout.per_frame(y) * gate).reshape(y.shape)
+    product, *rest = attend(self, whole(norm(y, scale, shift, **how, eps=cfg.eps)), turn)
+    affine = (a[...].astype(x.dtype)[None, None] for a in (self.norm3_scale, self.norm3_bias))
+    y, h = add_norm(y, self.self_attn.o.term(framed(product), gate), *affine, **how, eps=cfg.eps)
 
-    def added(x, y):
-      return (wide(x) + y).astype(x.dtype)
-
-    out, *rest = attend(self, modulated(layout, x, m[0], m[1], cfg.eps), turn)
-    x = jax.lax.optimization_barrier(added(x, gated(out, m[2])))  # or XLA would write it wide, for its three readers
-
-    h = layer_norm(x, cfg.eps) * as_used(self.norm3_scale, x.dtype) + as_used(self.norm3_bias, x.dtype)
-    rows = h.astype(x.dtype).reshape(x.shape[0], -1, cfg.dim)
-    out = few_keys(*self.cross_attn.query(rows), *text_kv, width=cfg.dim, eps=cfg.eps)
-    x = added(x, self.cross_attn.out(out).reshape(x.shape))
+    out = few_keys(*self.cross_attn.query(h.reshape(x.shape[0], -1, cfg.dim)), *text_kv, width=cfg.dim, eps=cfg.eps)
+    term = self.cross_attn.o.term(framed(self.cross_attn.out(out)))
+    y, h = add_norm(y, term, scale_ffn, shift_ffn, **how, eps=cfg.eps)
 
     # As rows alone: so GELU, and a rounding to 8 bit, join the product.
-    h = modulated(layout, x, m[3], m[4], cfg.eps).reshape(-1, cfg.dim)
-    y = self.ffn_out.summed(jax.nn.gelu(self.ffn_in.joined(h), approximate=True))[: h.shape[0]]
-    return added(x, gated(y.reshape(x.shape), m[5])), *rest
+    h = h.reshape(-1, cfg.dim)
+    product = self.ffn_out.total(self.ffn_in.gelu(h))[: h.shape[0]]
+    return whole(add(y, self.ffn_out.term(framed(product), gate_ffn), **how)), *rest
 
 
 class DiT(nnx.Module):
@@ -362,8 +357,9 @@ class DiT(nnx.Module):
     Args:
       x: noisy or clean latents. t: timestep of every latent frame, 0..1000. chunk: index of each chunk in its video.
       text_kv: from `text_kv`.
-      attend: (block, carry, layer_input, h [B,G,T,D], turn) -> (out [B,G,T,D], carry, aux), called in each layer. It applies
-        `block.self_attn`'s projections and norms itself: a kernel may join them, and `out` may see its rows in another order.
+      attend: (block, carry, layer_input, h [B,G,T,D], turn) -> (product [B,G,T,D], carry, aux), called in each layer. It
+        applies `block.self_attn`'s projections and norms itself: a kernel may join them, and `out`, whose product it
+        returns, may see its rows in another order.
       layer_inputs: a pytree with a leading layer axis, handed to `attend` layer by layer. carry: one handed from layer to
         layer.
 
@@ -375,10 +371,11 @@ class DiT(nnx.Module):
 
     cfg, layout = self.cfg, self.cfg.layout
     shift, scale = (
-      layout.frame_values(a)
+      layout.frame_vectors(a)
       for a in jnp.moveaxis(as_used(self.head_modulation, jnp.dtype(cfg.dtype)) + e[..., None, :], -2, 0)
     )
-    h = self.head(modulated(layout, h, shift, scale, cfg.eps))
+    h = norm(layout.framed(h), 1 + scale, shift, run=layout.run, frames=layout.tile[0], eps=cfg.eps).reshape(h.shape)
+    h = self.head(h)
     out = unpatchify(layout.from_tiles(h), cfg.patch, x.shape)
     return out, carry, aux
 

@@ -128,13 +128,15 @@ class BlockLayout:
     x = x.reshape(*b, self.blocks, BLOCK, d)[..., : self.full_blocks, : self.valid, :]
     return x.reshape(*b, -1, d)[..., : self.tokens, :]
 
-  def per_frame(self, x: Float[Array, "*B tokens D"]) -> Float[Array, "*B a s f p D"]:
-    """A view in which axes a and f (the latent frame is a * tile[0] + f) broadcast against per-frame values."""
-    *b, _, d = x.shape
-    tf, th, tw = self.tile
-    return x.reshape(*b, self.grid[0] // tf, -1, tf, th * tw, d)
+  @property
+  def run(self) -> int:
+    """Tokens of a latent frame that lie together; so many of each of the tile's frames take turns."""
+    return self.tile[1] * self.tile[2]
 
-  def frame_values(self, e: Float[Array, "*B F D"]) -> Float[Array, "*B a 1 f 1 D"]:
-    """Per-frame values shaped to broadcast against `per_frame`."""
-    *b, _, d = e.shape
-    return e.reshape(*b, -1, 1, self.tile[0], 1, d)
+  def framed(self, x: Float[Array, "*B tokens D"]) -> Float[Array, "B*a rows D"]:
+    """A view whose rows are of the same tile[0] frames."""
+    return x.reshape(-1, self.tokens // (self.grid[0] // self.tile[0]), x.shape[-1])
+
+  def frame_vectors(self, e: Float[Array, "*B F D"]) -> Float[Array, "B*a f D"]:
+    """Per-frame values as `framed` rows take them, in turns."""
+    return e.reshape(-1, self.tile[0], e.shape[-1])

@@ -15,7 +15,7 @@ import pytest
 from pallas_kernels.gelu_linear import api, gelu_linear, mosaic_sm90
 
 
-def draw(r=40, k=512, f=256, dtype=jnp.bfloat16):
+def draw(r=40, k=1024, f=256, dtype=jnp.bfloat16):
   rng = np.random.default_rng(r + k)
   normal = lambda *s, size=1.0: jnp.asarray(rng.normal(size=s) * size, dtype)
   return normal(r, k), normal(k, f, size=k**-0.5), normal(f)
@@ -35,10 +35,9 @@ def excess(got, x, kernel, bias, more=0.0) -> float:
 
 
 CASES = dict(  # r, k, f, multiprocessors
-  one_pair=(256, 512, 256, 132),
-  odd_tiles_and_columns=(304, 512, 768, 132),
-  many_units=(640, 576, 512, 4),  # and steps that are no multiple of the ring's
-  one_tile=(40, 512, 512, 2),
+  a_tile_each=(304, 1024, 768, 132),
+  some_tiles_each=(640, 1088, 512, 4),  # and steps that are no multiple of the ring's
+  one_tile=(40, 1024, 256, 2),
 )
 
 
@@ -62,7 +61,7 @@ def test_the_kernel_in_the_interpreter(interpreted, case):
   assert error <= 1 and not races
 
 
-@pytest.mark.parametrize("shape", [(4680, 1536, 8960), (4680, 5120, 13824), (264, 576, 768), (8, 512, 256)])
+@pytest.mark.parametrize("shape", [(4680, 1536, 8960), (4680, 5120, 13824), (264, 1088, 768), (8, 1024, 256)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_lowers_for_cuda(shape, dtype):
   r, k, f = shape
@@ -72,7 +71,7 @@ def test_lowers_for_cuda(shape, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(4680, 1536, 8960), (4680, 5120, 13824), (9360, 1536, 8960), (264, 576, 768)])
+@pytest.mark.parametrize("shape", [(4680, 1536, 8960), (4680, 5120, 13824), (9360, 1536, 8960), (264, 1088, 768)])
 def test_the_kernel_on_a_gpu(shape):
   x = draw(*shape)
   run = jax.jit(lambda *x: gelu_linear(*x, implementation="mosaic_sm90"))
@@ -104,8 +103,8 @@ def test_gradient_and_its_value_are_those_of_xla(monkeypatch):
 @pytest.mark.parametrize(
   ("argument", "change", "line"),
   [
-    (0, lambda x: x[None], r"x: shape \(1, 40, 512\); want \[R,K\]"),
-    (1, lambda x: x[1:], r"kernel: shape \(511, 256\); want \[K,F\] with K = 512"),
+    (0, lambda x: x[None], r"x: shape \(1, 40, 1024\); want \[R,K\]"),
+    (1, lambda x: x[1:], r"kernel: shape \(1023, 256\); want \[K,F\] with K = 1024"),
     (2, lambda x: x[1:], r"bias: shape \(255,\); want \(256,\)"),
     (1, lambda x: x.astype(jnp.float32), "kernel: dtype float32; want x's dtype bfloat16"),
     (2, lambda x: x.astype(jnp.float32), "bias: dtype float32; want x's dtype bfloat16"),
@@ -123,9 +122,9 @@ def test_wrong_arguments(argument, change, line):
   [
     (dict(dtype=jnp.float32), "x: dtype float32; mosaic_sm90 wants bfloat16 or float16"),
     (dict(r=44), "x: 44 rows; mosaic_sm90 wants a multiple of 8"),
-    (dict(k=544), r"kernel: shape \(544, 256\); mosaic_sm90 wants a multiple of 64 from 512 on, and one of 256"),
-    (dict(k=448), r"kernel: shape \(448, 256\)"),
-    (dict(f=320), r"kernel: shape \(512, 320\)"),
+    (dict(k=1056), r"kernel: shape \(1056, 256\); mosaic_sm90 wants a multiple of 64 from 1024 on, and one of 256"),
+    (dict(k=960), r"kernel: shape \(960, 256\)"),
+    (dict(f=320), r"kernel: shape \(1024, 320\)"),
   ],
 )
 def test_what_the_kernel_cannot_do(monkeypatch, change, line):
