@@ -283,7 +283,8 @@ class Block(nnx.Module):
     `Attention.out` gives, ...)."""
     cfg, layout = self.cfg, self.cfg.layout
     how = dict(run=layout.run, frames=layout.tile[0])
-    m = as_used(self.modulation, x.dtype) + e0 + np.array([0, 1, 0, 0, 1, 0], np.float32)[:, None]  # scales are around 1
+    around = np.array([0, 1, 0, 0, 1, 0], np.float32)[:, None]  # scales are given as what 1 lacks
+    m = as_used(self.modulation, x.dtype) + e0 + around
     shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = map(layout.frame_vectors, jnp.moveaxis(m, -2, 0))
     whole, framed = (lambda a: a.reshape(x.shape)), (lambda a: layout.framed(a.reshape(x.shape)))
     y = framed(x)
