@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.add_norm import mosaic_sm90 as add_norm
 from pallas_kernels.few_keys import mosaic_sm90 as few_keys
+from pallas_kernels.gelu_linear import mosaic_sm90 as gelu_linear
 from pallas_kernels.pbsa import api
 from pallas_kernels.slots import mosaic_sm90 as slots
 from sfjax import axes, objective, rollout
@@ -23,7 +25,7 @@ HOPPER = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H10
 
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
-  for module in (api, slots, few_keys):
+  for module in (add_norm, api, few_keys, gelu_linear, slots):
     monkeypatch.setattr(module, "current_device", lambda: HOPPER)
 
 
@@ -63,8 +65,8 @@ def test_sampling_a_chunk(config, slots):
   program = rollout.Compiled(model, config.memory, config.sampler, mesh).chunk
   args = [(x, whole) for x in (*rest, known, jax.ShapeDtypeStruct((3,), bool))]
   text = lowered(mesh, program, (params, axes.split(params)), (memory, split_of(memory)), *args)
-  # Attention to the memory and to the prompt, of a denoising pass and of the commit.
-  assert text.count("@mosaic_gpu_v2") == 4 and "all_gather" not in text
+  # Attention to the memory and to the prompt, of a denoising pass and of the commit, and four norms of each.
+  assert text.count("@mosaic_gpu_v2") == 4 + 8 and "all_gather" not in text
   own, prompt, widths = ["1x1x4680x1xf32"] * 2, ["1x4680xf32"], ["1x4680x1536xbf16"] * 2 + ["4680x1536xbf16"]
   assert sums(text) == sorted(2 * (own + prompt + widths) + own)  # of the commit's last layer just what the memory gets
 
