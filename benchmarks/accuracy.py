@@ -4,7 +4,7 @@ python -m benchmarks.accuracy --config configs/wan_1_3b.py --out out/accuracy [-
 
 Random weights of full width in a few layers; every chunk is denoised and committed as in sampling. The lists that float32 chose
 are handed to both, and after each chunk its scores, so that P is the same: what differs is rounding. "kernels" is the config's
-dtype as it is sampled with; "plain" the same without `pallas_kernels`' own kernels for attention, slots and prompts. Numbers
+dtype as it is sampled with; "plain" the same without any of `pallas_kernels`' own kernels. Numbers
 are the relative L2 distance of a chunk's latents from float32's (products at the highest precision).
 """
 

@@ -6,8 +6,9 @@ The memory is full before anything is timed, chunks follow each other without a 
 beside them (nvidia-smi), since power is what bounds it. Then a few chunks are profiled: "busy" is the time in which some
 kernel ran, "gaps" the rest of the profiled span; a stage's time is the sum of its kernels', of which some run beside others.
 
-Stages: "products" by cuBLAS, "pbsa", "slots" (norm, RoPE and the write into the memory), "cross-attention", "lists" (what tiles
-read), "memory" (P and scores, once a chunk), "layers" (all else there: norms, modulation, residuals) and "copies".
+Stages: "products" by cuBLAS and `gelu_linear`, "pbsa", "slots" (norm, RoPE and the write into the memory), "cross-attention",
+"lists" (what tiles read), "memory" (P and scores, once a chunk), "layers" (all else there: norms, modulation, residuals) and
+"copies".
 """
 
 import argparse

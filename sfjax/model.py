@@ -279,28 +279,30 @@ class Block(nnx.Module):
     return y + self.importance_bias[...][:, None]
 
   def __call__(self, x, e0, turn, text_kv, attend):
-    """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv: a layer's; attend(block, x, turn) -> (what
-    `Attention.out` gives, ...)."""
+    """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv: a layer's; attend(block, x, turn) -> (what `out`
+    gives, ...)."""
     cfg, layout = self.cfg, self.cfg.layout
-    how = dict(run=layout.run, frames=layout.tile[0])
+    lie = dict(run=layout.run, frames=layout.tile[0])
+    # XLA's norm rounds to 8 bit itself, for products of such factors.
+    how = dict(**lie, eps=cfg.eps, implementation="xla" if cfg.linear == "float8" else None)
     around = np.array([0, 1, 0, 0, 1, 0], np.float32)[:, None]  # scales are given as what 1 lacks
     m = as_used(self.modulation, x.dtype) + e0 + around
     shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = map(layout.frame_vectors, jnp.moveaxis(m, -2, 0))
-    whole, framed = (lambda a: a.reshape(x.shape)), (lambda a: layout.framed(a.reshape(x.shape)))
+    whole, framed = (lambda a: a.reshape(x.shape)), layout.framed
     y = framed(x)
 
-    product, *rest = attend(self, whole(norm(y, scale, shift, **how, eps=cfg.eps)), turn)
+    product, *rest = attend(self, whole(norm(y, scale, shift, **how)), turn)
     affine = (a[...].astype(x.dtype)[None, None] for a in (self.norm3_scale, self.norm3_bias))
-    y, h = add_norm(y, self.self_attn.o.term(framed(product), gate), *affine, **how, eps=cfg.eps)
+    y, h = add_norm(y, self.self_attn.o.term(framed(product), gate), *affine, **how)
 
     out = few_keys(*self.cross_attn.query(h.reshape(x.shape[0], -1, cfg.dim)), *text_kv, width=cfg.dim, eps=cfg.eps)
     term = self.cross_attn.o.term(framed(self.cross_attn.out(out)))
-    y, h = add_norm(y, term, scale_ffn, shift_ffn, **how, eps=cfg.eps)
+    y, h = add_norm(y, term, scale_ffn, shift_ffn, **how)
 
     # As rows alone: so GELU, and a rounding to 8 bit, join the product.
     h = h.reshape(-1, cfg.dim)
     product = self.ffn_out.total(self.ffn_in.gelu(h))[: h.shape[0]]
-    return whole(add(y, self.ffn_out.term(framed(product), gate_ffn), **how)), *rest
+    return whole(add(y, self.ffn_out.term(framed(product), gate_ffn), **lie)), *rest
 
 
 class DiT(nnx.Module):

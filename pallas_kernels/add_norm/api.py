@@ -56,8 +56,8 @@ def add_norm(
   """x + (product + bias) gate, and of that, rounded to x's dtype, LayerNorm(..) scale + shift; both in float32, rounded once.
 
   Args:
-    scale, shift, and the term's vectors: of 16 bit or float32, for all of a batch where their first axis is 1. Of F frames, row
-      r takes that of frame r // run % F.
+    scale, shift, and the term's vectors: in x's dtype or float32, for all of a batch where their first axis is 1. Of F frames,
+      row r takes that of frame r // run % F.
     run: rows of a frame that lie together. frames: F.
     implementation: "mosaic_sm90" (Hopper, 16 bit, D a multiple of 512 from 1024 to 8192), "xla" (anywhere), or None for the
       first of these that supports the arguments.
@@ -80,9 +80,16 @@ def _call(x, term, scale, shift, run, frames, eps, implementation):
   if term is not None and (term.product.shape, term.product.dtype) != (x.shape, x.dtype):
     raise ValueError(f"product: {term.product.dtype}{list(term.product.shape)}; want x's {x.dtype}{list(x.shape)}")
   bias, gate = (None, None) if term is None else term[1:]
+  if bias is not None and bias.shape != (1, 1, d):
+    raise ValueError(f"bias: shape {bias.shape}; want [1, 1, {d}]")
+  wide = jnp.promote_types(x.dtype, jnp.float32)
   for name, a in (("scale", scale), ("shift", shift), ("bias", bias), ("gate", gate)):
-    if a is not None and (a.ndim != 3 or a.shape[0] not in (1, b) or a.shape[1] not in (1, frames) or a.shape[2] != d):
+    if a is None:
+      continue
+    if a.ndim != 3 or a.shape[0] not in (1, b) or a.shape[1] not in (1, frames) or a.shape[2] != d:
       raise ValueError(f"{name}: shape {a.shape}; want [{b} or 1, {frames} or 1, {d}]")
+    if a.dtype not in (x.dtype, wide):
+      raise ValueError(f"{name}: dtype {a.dtype}; want x's dtype {x.dtype}, or {wide}")
   reasons = {"mosaic_sm90": lambda: mosaic_sm90.unsupported(x), "xla": always}
   how = _by_kernel if chosen(implementation, reasons) == "mosaic_sm90" else by_xla
   return how(run, frames, eps, x, term, scale, shift)

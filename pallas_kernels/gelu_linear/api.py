@@ -23,7 +23,7 @@ def gelu_linear(
   """gelu(x kernel + bias), GELU by its formula with tanh (Hendrycks and Gimpel, arXiv 1606.08415).
 
   Args:
-    implementation: "mosaic_sm90" (Hopper, 16 bit, R a multiple of 8, K one of 64 from 512 on, F one of 256), "xla" (anywhere),
+    implementation: "mosaic_sm90" (Hopper, 16 bit, R a multiple of 8, K one of 64 from 1024 on, F one of 256), "xla" (anywhere),
       or None for the first of these that supports the arguments.
 
   Returns:

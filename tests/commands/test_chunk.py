@@ -23,6 +23,7 @@ def test_stages_of_kernels():
     ("few_keys_mosaic_gpu_kernel", "cross-attention"),
     ("nvjet_sm90_tst_192x144_64x5_2x1_v_bz_coopB_NNT", "products"),
     ("gelu_linear_mosaic_gpu_kernel", "products"),
+    ("add_norm_mosaic_gpu_kernel", "layers"),
     ("void cutlass::Kernel2<cutlass_80_wmma>", "products"),
     ("memcpy32_post", "copies"),
     ("fusion_297", "layers"),

@@ -45,8 +45,7 @@ CASES = dict(  # r, k, f, multiprocessors
 def interpreted():
   """{case: (excess, races)}. Blocking callbacks of six threads want as many of XLA, whose number is that of the cores.
 
-  The interpreter copies a whole part for each program, and finishes a product at once: what a pair shares, and when a slot is
-  free again, only a GPU shows.
+  The interpreter finishes a product at once: when a slot is free again, only a GPU shows.
   """
   env = os.environ | dict(NPROC="8", JAX_PLATFORMS="cpu")
   line = [sys.executable, "-m", "tests.gelu_linear.interpreted"]
