@@ -6,14 +6,17 @@ The memory is full before anything is timed, chunks follow each other without a 
 beside them (nvidia-smi), since power is what bounds it. Then a few chunks are profiled: "busy" is the time in which some
 kernel ran, "gaps" the rest of the profiled span; a stage's time is the sum of its kernels', of which some run beside others.
 
+--devices N shares the tokens of the chunk among N devices; power, clocks and kernels are the first one's.
+
 Stages: "products" by cuBLAS and `gelu_linear`, "pbsa", "slots" (norm, RoPE and the write into the memory), "cross-attention",
-"lists" (what tiles read), "memory" (P and scores, once a chunk), "layers" (all else there: norms, modulation, residuals) and
-"copies".
+"lists" (what tiles read), "memory" (P and scores, once a chunk), "layers" (all else there: norms, modulation, residuals),
+"exchange" (between devices, waiting for one another included) and "copies".
 """
 
 import argparse
 import collections
 import dataclasses
+import os
 import pathlib
 import re
 import subprocess
@@ -25,14 +28,16 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.realtime import random_text, random_weights
-from sfjax import rollout
+from sfjax import cluster, rollout
 from sfjax.config import read_config, split_overrides, to_dict
 from sfjax.errors import Parser, check_flags, command
 from sfjax.runlog import keep_programs, latency, make_folder, run_record, write_json_atomic
 
 KERNELS = (  # by name, what XLA did not write itself
+  ("nccl", "exchange"),
   ("pbsa", "pbsa"),
   ("to_slots", "slots"),
   ("few_keys|fmha|flash", "cross-attention"),
@@ -89,14 +94,10 @@ def by_stage(events: list[tuple[str, float, float]], inside: dict[str, str], chu
 
 
 def gpu_events(folder: str) -> list[tuple[str, float, float]]:
-  """(kernel, begin, duration) of what ran on a GPU, of a trace that `jax.profiler` wrote."""
+  """(kernel, begin, duration) of what ran on the first GPU, of a trace that `jax.profiler` wrote."""
   (file,) = pathlib.Path(folder).glob("**/*.xplane.pb")
-  lines = [
-    line
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes
-    if "GPU" in plane.name
-    for line in plane.lines
-  ]
+  planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(str(file)).planes if "GPU" in plane.name}
+  lines = planes[min(planes)].lines if planes else []
   return [(e.name, e.start_ns, e.duration_ns) for line in lines if line.name.startswith("Stream") for e in line.events]
 
 
@@ -105,7 +106,8 @@ class Watched:
 
   def __enter__(self):
     self.samples, self._smi = [], None
-    query = ["nvidia-smi", "-i", "0", "--query-gpu=power.draw.instant,clocks.sm", "--format=csv,noheader,nounits"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # nvidia-smi counts all there are
+    query = ["nvidia-smi", "-i", first, "--query-gpu=power.draw.instant,clocks.sm", "--format=csv,noheader,nounits"]
     try:
       self._smi = subprocess.Popen([*query, "-lms", "50"], stdout=subprocess.PIPE, text=True)
     except OSError:
@@ -136,6 +138,7 @@ def main(argv: list[str]) -> None:
   p = Parser(prog="python -m benchmarks.chunk", description=__doc__.splitlines()[0])
   p.add_argument("--config", default="configs/wan_1_3b.py", metavar="FILE[:VARIANT]")
   p.add_argument("--chunks", type=int, default=40, help="timed, with a full memory")
+  p.add_argument("--devices", type=int, default=1, help="that share the tokens of the chunk")
   p.add_argument("--words", type=int, default=40, help="rows of the prompt")
   p.add_argument("--profiled", type=int, default=3, help=argparse.SUPPRESS)
   p.add_argument("--out", default="out/chunk")
@@ -145,12 +148,15 @@ def main(argv: list[str]) -> None:
   out = make_folder(a.out, "--out")
   keep_programs()
   model, memory = dataclasses.replace(config.model, param_dtype=config.model.dtype), config.memory
-  programs = rollout.Compiled(model, memory, config.sampler)
-  params = random_weights(rollout.abstract_params(model), 0)
+  mesh = cluster.tokens_mesh(a.devices, model)
+  programs = rollout.Compiled(model, memory, config.sampler, mesh)
+  params = random_weights(cluster.laid_out(mesh, rollout.abstract_params(model)), 0)
   text = random_text(model, a.words, 3)
   m, key, sample = programs.start(params, text, jnp.int32(0), None), jax.random.key(1), jnp.zeros((1,), jnp.int32)
   known = jnp.zeros((1, model.chunk_frames, *model.latent_size, model.latent_channels))
   frames = jnp.zeros((model.chunk_frames,), bool)
+  everywhere = mesh and NamedSharding(mesh, PartitionSpec())
+  key, sample, known, frames = jax.device_put((key, sample, known, frames), everywhere)
   began = time.perf_counter()
   chunk = programs.chunk.lower(params, m, key, sample, known, frames).compile()
   compiled = time.perf_counter() - began

@@ -9,7 +9,8 @@ pixels are on the host, after the request with the prompt's embedding in hand. F
 in the steady state: from chunk W + C / blocks of a chunk on, when the memory is full; "late" is the median of the last four
 chunks over that of the first four full ones. One video a memory, of the longest --seconds; the shorter ones are its beginning.
 
---devices N shares the heads of every video over N devices; bytes and peaks are then the first one's, which also decodes.
+--devices N shares the tokens of every chunk among N devices; bytes and peaks are then the first one's, which also decodes.
+With --decode_apart one more does, while they denoise the next chunk: "denoiser" is then the time from latents to latents.
 
 --routing and --commit time the sampler's options, every memory with each of them: lists found in every step or once a chunk;
 K/V kept from a clean pass, or from the last step, which is a pass less ("passes" of a run: those of a chunk). --slots, too:
@@ -55,7 +56,7 @@ from sfjax.errors import Parser, UserError, command
 from sfjax.flow import COMMITS, ROUTING
 from sfjax.memory import held_bytes, memory_bytes
 from sfjax.model import LINEAR, ModelConfig
-from sfjax.parts import Around, Parts, as_stored, in_compute_dtype, wan_parts, with_linear
+from sfjax.parts import Around, Parts, as_stored, in_compute_dtype, wan_parts, with_decoder_apart, with_linear
 from sfjax.routing import SLOTS, MemoryConfig
 from sfjax.runlog import keep_programs, latency, make_folder, peak_memory, run_record, write_json_atomic
 from sfjax.sampling import ATTENTION, Sampler
@@ -94,7 +95,7 @@ def random_parts(config: Config, vae: WanVAEConfig, seed: int = 0, devices: int 
   """What `load_parts` would read from a folder of such sizes; the text is 40 random rows."""
   linear = config.model.linear
   config, vae = in_compute_dtype(as_stored(config), vae)
-  model, mesh = config.model, cluster.heads_mesh(devices, config.model)
+  model, mesh = config.model, cluster.tokens_mesh(devices, config.model)
   text = random_text(model, 40, seed + 2)
   parts = wan_parts(
     config,
@@ -123,7 +124,8 @@ def fitting(parts: Parts, attention: str, chunks: int, spare: int, streams: int 
 def predict(parts: Parts, memory: MemoryConfig, streams: int = 1) -> dict[str, int]:
   """The ledger's rows for that memory."""
   devices = parts.mesh.size if parts.mesh else 1
-  return ledger.predict(dataclasses.replace(parts.config, memory=memory), parts.around, streams, devices)
+  config, apart = dataclasses.replace(parts.config, memory=memory), parts.decoder is not None
+  return ledger.predict(config, parts.around, streams, devices, apart)
 
 
 def held_by(device: jax.Device) -> int:
@@ -148,6 +150,7 @@ def measure(parts: Parts, memory: MemoryConfig, chunks: int, streams: int = 1) -
     if not np.ptp(pixels):
       raise RuntimeError("the pixels are all the same: nothing was computed")
   predicted, workspace = predict(parts, memory, streams), stream.workspace()
+  own = workspace if parts.decoder is None else {"chunk": workspace["chunk"]}
   return {
     "frames": frames,
     "compile_s": compiled,
@@ -160,7 +163,7 @@ def measure(parts: Parts, memory: MemoryConfig, chunks: int, streams: int = 1) -
       "live": held_by(jax.local_devices()[0]),
       "workspace": workspace,
     },
-    "peak_memory": {"predicted": predicted["total"] + max(workspace.values())} | peak_memory(),
+    "peak_memory": {"predicted": predicted["total"] + max(own.values())} | peak_memory(),
   }
 
 
@@ -245,7 +248,8 @@ def main(argv: list[str]) -> None:
     "--clip", type=int, default=21, metavar="LATENTS", help="length of the clip decoded as a whole; 0: none"
   )
   p.add_argument("--streams", type=int, default=1, help="videos made together, each with its memory")
-  p.add_argument("--devices", type=int, default=1, help="that share the heads of every video")
+  p.add_argument("--devices", type=int, default=1, help="that share the tokens of every chunk")
+  p.add_argument("--decode_apart", action="store_true", help="decode on one device more, beside the next chunk")
   p.add_argument("--self_forcing", metavar="DIR", help="a clone of guandeh17/Self-Forcing, to time it in PyTorch")
   p.add_argument("--vae_dim", type=int, default=WanVAEConfig().dim, help=argparse.SUPPRESS)
   p.add_argument("--out", default="out/realtime")
@@ -264,7 +268,8 @@ def main(argv: list[str]) -> None:
 
   def made(linear):
     model = dataclasses.replace(config.model, linear=linear)
-    return random_parts(dataclasses.replace(config, model=model), WanVAEConfig(dim=a.vae_dim), devices=a.devices)
+    parts = random_parts(dataclasses.replace(config, model=model), WanVAEConfig(dim=a.vae_dim), devices=a.devices)
+    return with_decoder_apart(parts) if a.decode_apart else parts
 
   linears = a.linear or [config.model.linear]
   parts = made(linears[0])

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.dense import dense_attention
 from pallas_kernels.pbsa import BLOCK, pbsa
 from sfjax import memory as kv
-from sfjax.axes import all_chunks, own_chunks, splits_chunks, splits_heads
+from sfjax.axes import all_chunks, by_heads, by_tokens, own_chunks, shares_tokens, splits_chunks, splits_heads
 from sfjax.model import ModelConfig
 from sfjax.rope import turn_forward
 from sfjax.routing import (
@@ -59,7 +59,8 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
     else:
       m, layer, keys = kv.opened(model, m.replace(**slots), index, prefix_k)
     if slots is None or cfg.route_parts > 1 or splits_heads():
-      q, k, v = (layout.pack(x[:, 0]) for x in block.self_attn.turned(h, turn))
+      rows = by_heads([x[:, 0] for x in block.self_attn.turned(h, turn)], layout.tokens)
+      q, k, v = map(layout.pack, rows)
       m = kv.write_chunk(model, cfg, m, k, v, layer)
       q_pooled, content = pool_queries(q, layout, cfg.route_parts), block_content(v, layout)
     else:  # all of this in one kernel, where there is one; it knows one mean a block, and norms over the heads it sees
@@ -82,18 +83,21 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       with jax.named_scope("memory"):
         score = kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled)
       update = kv.Commit(*((k, v) if slots is None else (None, None)), own, score)
-    out = _projected(layout, block, out)[:, None]
+    out = _projected(layout, block, out, h.shape[-2])[:, None]
     return out, slots and kv.closed(model, cfg, slots, m, index, commit), (read, update)
 
   return attend
 
 
-def _projected(layout: BlockLayout, block, x: Float[Array, "*B S N H"]) -> Float[Array, "*B T D"]:
-  """`Attention.out` of rows in slots, as tokens: taken out of their slots first where that moves none."""
-  if layout.valid < BLOCK:
+def _projected(layout: BlockLayout, block, x: Float[Array, "*B S N H"], rows: int) -> Float[Array, "*B T D"]:
+  """`Attention.out` of rows in slots, as tokens: taken out of their slots first where that moves none.
+
+  rows: a device's own, where devices share a chunk's.
+  """
+  if layout.valid < BLOCK and not shares_tokens():
     return layout.unpack(block.self_attn.out(x))
   tokens = layout.unpack(x.reshape(*x.shape[:-2], -1))
-  return block.self_attn.out(tokens.reshape(*tokens.shape[:-1], *x.shape[-2:]))
+  return block.self_attn.out(by_tokens(tokens.reshape(*tokens.shape[:-1], *x.shape[-2:]), rows))
 
 
 class Read(NamedTuple):
@@ -205,7 +209,7 @@ def replayed_attention(
     rows = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, heads, -1, *x.shape[4:])
     holes = dict(kv_valid=layout.valid, kv_short=layout.short_blocks(cfg.window + 2 * n, c))
     out = pbsa(flat(q), jnp.concatenate(keys, 1), jnp.concatenate(values, 1), rows(ids), rows(counts), **holes)
-    out = _projected(layout, block, out.reshape(q.shape))
+    out = _projected(layout, block, out.reshape(q.shape), layout.tokens)
     return out, carry, None
 
   return attend
@@ -278,7 +282,7 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
       keys = jnp.concatenate([keys, turn_forward(gather(keys), delta)], 1)
       values = jnp.concatenate([values, gather(values)], 1)
     out = pbsa(flat(q), keys, values, own(plan.ids), own(plan.counts), **holes)
-    out = _projected(layout, block, out.reshape(b, streams, layout.slots, heads, dim))
+    out = _projected(layout, block, out.reshape(b, streams, layout.slots, heads, dim), layout.tokens)
     return out, carry, plan._replace(importance_loss=loss)
 
   return attend

@@ -99,18 +99,22 @@ def make_mesh(fsdp: int = 1, tensor: int = 1, context: int = 1, devices: list[ja
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def heads_mesh(devices: int, model: ModelConfig) -> Mesh | None:
-  """This host's first devices, each to have its heads of one model to sample from; None for one device.
+def tokens_mesh(devices: int, model: ModelConfig) -> Mesh | None:
+  """This host's first devices, which share the tokens of every chunk and the heads of its memory; None for one device.
 
   Raises:
-    UserError: there are fewer, or the model's heads or feed-forward do not divide.
+    UserError: there are fewer, the model's heads do not divide, or a tile does not span a chunk's frames.
   """
   here = jax.local_devices()
   if not 1 <= devices <= len(here):
     raise UserError(f"--devices: {devices}; this machine has {len(here)}")
-  check_tensor(devices, {"the model": model}, "--devices")
-  order = np.array(here[:devices]).reshape(1, 1, 1, devices)  # the first one also decodes
-  return Mesh(order, AXES) if devices > 1 else None
+  if model.heads % devices:
+    raise UserError(f"--devices: {devices} does not divide the model's {model.heads} heads")
+  if devices > 1 and model.tile[0] != model.chunk_frames:
+    raise UserError(
+      f"--devices: {devices}; a tile of {model.tile[0]} frames, not a chunk's {model.chunk_frames}, wants 1"
+    )
+  return Mesh(np.array(here[:devices]), ("tokens",)) if devices > 1 else None  # the first one also decodes
 
 
 def splits(model: ModelConfig, tensor: int) -> bool:
@@ -118,21 +122,23 @@ def splits(model: ModelConfig, tensor: int) -> bool:
   return not model.heads % tensor and not model.ffn_dim % tensor
 
 
-def check_tensor(tensor: int, models: dict[str, ModelConfig], flag: str = "config.train.tensor") -> None:
-  """Raises UserError, naming `flag`, where one of the models, by their names, cannot be split over so many devices."""
+def check_tensor(tensor: int, models: dict[str, ModelConfig]) -> None:
+  """Raises UserError where one of the models, by their names, cannot be split over so many devices."""
   for name, model in models.items():
     if not splits(model, tensor):
-      raise UserError(f"{flag}: {tensor} does not divide {name}'s {model.heads} heads and ffn_dim {model.ffn_dim}")
+      raise UserError(
+        f"config.train.tensor: {tensor} does not divide {name}'s {model.heads} heads and ffn_dim {model.ffn_dim}"
+      )
 
 
 def shardings(mesh: Mesh, tree):
   """Where the training state lies: an array is split along "tensor" as `axes.RULES` say, and along "fsdp" at the longest other
-  axis that it divides; vectors not at all.
+  axis that it divides; vectors not at all. Sampling's mesh has neither axis, and each of its devices all of an array.
   """
-  parts = mesh.shape["fsdp"]
+  parts, tensor = (mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor"))
 
   def of(name, x):
-    spec = [axis if mesh.shape["tensor"] > 1 else None for axis in rule(name)]
+    spec = [axis if tensor > 1 else None for axis in rule(name)]
     spec += [None] * (x.ndim - len(spec))
     fit = [i for i in range(x.ndim) if x.ndim > 1 and spec[i] is None and x.shape[i] % parts == 0]
     if fit and parts > 1:

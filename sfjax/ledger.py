@@ -17,14 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 
 from sfjax import checkpoint, cluster, rollout
-from sfjax.axes import AXES
 from sfjax.config import Config, apply_overrides, load_config, split_overrides, to_config_dict, to_dataclass
 from sfjax.data.digits import chunk_of_frame
 from sfjax.errors import Parser, UserError, command
-from sfjax.memory import KVMemory, init_memory, slots_of
+from sfjax.memory import KVMemory, init_memory, slots_of, split
 from sfjax.model import ModelConfig
 from sfjax.parts import Around, Parts, around
 from sfjax.routing import MemoryConfig
@@ -72,13 +71,16 @@ def memory_rows(cfg: MemoryConfig, m: KVMemory) -> dict[str, int]:
   }
 
 
-def abstract_memory(config: Config, batch: int, devices: int = 1) -> KVMemory:
-  """Shapes of the memory of so many videos, or of each device's part of it; guidance doubles their rows."""
+def abstract_memory(config: Config, batch: int, devices: int = 1, axis: str = "tokens") -> KVMemory:
+  """Shapes of the memory of so many videos, or of each device's part along a mesh's axis; guidance doubles their rows."""
   model, rows = config.model, batch * (1 if config.sampler.guidance == 1 else 2)
-  shape = (model.layers, rows, model.text_len, model.heads // devices, model.head_dim)
+  shape = (model.layers, rows, model.text_len, model.heads, model.head_dim)
   cross = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
   distinct = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
-  return jax.eval_shape(lambda *text_kv: init_memory(model, config.memory, text_kv), cross, cross, distinct)
+  memory = jax.eval_shape(lambda *text_kv: init_memory(model, config.memory, text_kv), cross, cross, distinct)
+  mesh = AbstractMesh((devices,), (axis,))
+  own = lambda x, spec: jax.ShapeDtypeStruct(NamedSharding(mesh, spec).shard_shape(x.shape), x.dtype)
+  return jax.tree.map(lambda spec, x: jax.tree.map(lambda x: own(x, spec), x), split(axis), memory)
 
 
 def shard_bytes(mesh: AbstractMesh, tree) -> int:
@@ -110,24 +112,29 @@ def in_flight(config: Config, codec, batch: int) -> int:
   return 2 * batch * (2 * latents + pixels)
 
 
-def predict(config: Config, sizes: Around, batch: int = 1, devices: int = 1) -> dict[str, int]:
+def predict(
+  config: Config, sizes: Around, batch: int = 1, devices: int = 1, decode_apart: bool = False
+) -> dict[str, int]:
   """What is held while videos are made, by the names of `ROWS`, and "total": of several devices, by the first one.
 
   Args:
     config, sizes: as `around` or a loaded folder's `Parts` have them. batch: videos made together.
-    devices: that have the heads between them.
+    devices: that share the tokens of every chunk, and the heads of its memory.
+    decode_apart: whether another than these has the codec.
   """
   stays = lambda name: name != "text" or isinstance(sizes.text, WordEncoder)  # else it is gone before sampling begins
   weights = {name: x for name, x in abstract_weights(config.model, sizes).items() if stays(name)}
   state = ()
   if sizes.vae:
     state = jax.eval_shape(lambda: sizes.codec.init_decoder_state(batch, *config.model.latent_size))
-  return total(
-    {name: tree_bytes(x) for name, x in weights.items()}
-    | {"dit": shard_bytes(AbstractMesh((1, 1, 1, devices), AXES), weights["dit"])}
-    | memory_rows(config.memory, abstract_memory(config, batch, devices))
-    | {"codec_state": tree_bytes(state), "in_flight": in_flight(config, sizes.codec, batch)}
-  )
+  rows = {name: tree_bytes(x) for name, x in weights.items()}
+  rows |= memory_rows(config.memory, abstract_memory(config, batch, devices))
+  rows |= {"codec_state": tree_bytes(state), "in_flight": in_flight(config, sizes.codec, batch)}
+  return total(_without_codec(rows) if decode_apart else rows)
+
+
+def _without_codec(rows: dict[str, int]) -> dict[str, int]:
+  return {name: n for name, n in rows.items() if name not in ("vae", "tiny_decoder", "codec_state")}
 
 
 def predict_embedding(config: Config, sizes: Around) -> dict[str, int]:
@@ -144,7 +151,8 @@ def measure(parts: Parts, cfg: MemoryConfig, memory: KVMemory, decoded) -> dict[
   first = lambda tree: jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
   weights, memory = first({"dit": parts.dit} | parts.others), first(memory)
   rows = {name: tree_bytes(x) for name, x in weights.items()} | memory_rows(cfg, memory)
-  return total(rows | {"codec_state": tree_bytes(decoded)})
+  rows |= {"codec_state": tree_bytes(decoded)}
+  return total(_without_codec(rows) if parts.decoder else rows)
 
 
 def chunks_of(config: Config, seconds: float) -> int:

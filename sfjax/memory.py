@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK
 from pallas_kernels.slots import to_slots
+from sfjax.axes import count_of_heads
 from sfjax.float8 import E4M3, scale_of
 from sfjax.model import ModelConfig
 from sfjax.rope import turn_forward
@@ -76,21 +77,24 @@ class KVMemory:
     return self.replace(cross_k=k, cross_v=v, cross_distinct=distinct)
 
 
-# How the memory of all layers is split along the mesh's axis "tensor": a device has its own heads'.
-SPLIT = KVMemory(
-  k=PartitionSpec(None, None, None, "tensor"),
-  v=PartitionSpec(None, None, None, "tensor"),
-  pooled=PartitionSpec(None, None, None, None, "tensor"),
-  score=PartitionSpec(None, None, "tensor"),
-  origin=PartitionSpec(None, None, "tensor"),
-  chunk=PartitionSpec(),
-  rng=PartitionSpec(),
-  cross_k=PartitionSpec(None, None, None, "tensor"),
-  cross_v=PartitionSpec(None, None, None, "tensor"),
-  cross_distinct=PartitionSpec(),
-  k_scale=PartitionSpec(None, None, None, "tensor"),
-  v_scale=PartitionSpec(None, None, None, "tensor"),
-)
+def split(axis: str) -> KVMemory:
+  """How the memory of all layers is split along a mesh's axis: a device has its heads', along "tokens" all of a prompt's."""
+  slots = PartitionSpec(None, None, None, axis)
+  prompt = PartitionSpec() if axis == "tokens" else slots
+  return KVMemory(
+    k=slots,
+    v=slots,
+    pooled=PartitionSpec(None, None, None, None, axis),
+    score=PartitionSpec(None, None, axis),
+    origin=PartitionSpec(None, None, axis),
+    chunk=PartitionSpec(),
+    rng=PartitionSpec(),
+    cross_k=prompt,
+    cross_v=prompt,
+    cross_distinct=PartitionSpec(),
+    k_scale=slots,
+    v_scale=slots,
+  )
 
 
 class Commit(NamedTuple):
@@ -105,6 +109,7 @@ class Commit(NamedTuple):
 def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Array, Array], seed: int = 0) -> KVMemory:
   """An empty memory for the batch of prompts whose `DiT.text_kv` is given."""
   layers, batch, _, heads, dim = text_kv[0].shape
+  heads = count_of_heads(heads)
   blocks = cfg.resident_blocks(model.layout)
   float8 = cfg.slots == "float8"
   slots = jnp.zeros((layers, batch, blocks * BLOCK, heads, dim), E4M3 if float8 else jnp.dtype(model.dtype))

@@ -21,7 +21,7 @@ from pallas_kernels.add_norm import Term, add, add_norm, norm
 from pallas_kernels.few_keys import few_keys
 from pallas_kernels.gelu_linear import gelu_linear
 from sfjax import float8
-from sfjax.axes import mean, total
+from sfjax.axes import all_tokens, mean, own_heads, own_tokens, total
 from sfjax.errors import check
 from sfjax.rope import phase, rope_angles, rotate
 from sfjax.tiles import BlockLayout
@@ -275,8 +275,9 @@ class Block(nnx.Module):
   def log_importance(self, content: Float[Array, "B K N H"]) -> Float[Array, "B N K"]:
     """Predicted log of the largest attention a block will get later; its mean values are constants to it."""
     x = jax.lax.stop_gradient(content).astype(jnp.float32)
-    y = jnp.einsum("bknh,nh->bnk", x, self.importance_kernel[...], precision="highest")
-    return y + self.importance_bias[...][:, None]
+    own = lambda a: own_heads(lambda _: a[...], x.shape[2], 0)
+    y = jnp.einsum("bknh,nh->bnk", x, own(self.importance_kernel), precision="highest")
+    return y + own(self.importance_bias)[:, None]
 
   def __call__(self, x, e0, turn, text_kv, attend):
     """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv: a layer's; attend(block, x, turn) -> (what `out`
@@ -288,7 +289,8 @@ class Block(nnx.Module):
     around = np.array([0, 1, 0, 0, 1, 0], np.float32)[:, None]  # scales are given as what 1 lacks
     m = as_used(self.modulation, x.dtype) + e0 + around
     shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = map(layout.frame_vectors, jnp.moveaxis(m, -2, 0))
-    whole, framed = (lambda a: a.reshape(x.shape)), layout.framed
+    whole = lambda a: a.reshape(x.shape)
+    framed = lambda a: layout.framed(whole(a))
     y = framed(x)
 
     product, *rest = attend(self, whole(norm(y, scale, shift, **how)), turn)
@@ -378,7 +380,7 @@ class DiT(nnx.Module):
       for a in jnp.moveaxis(as_used(self.head_modulation, jnp.dtype(cfg.dtype)) + e[..., None, :], -2, 0)
     )
     h = norm(layout.framed(h), 1 + scale, shift, run=layout.run, frames=layout.tile[0], eps=cfg.eps).reshape(h.shape)
-    h = self.head(h)
+    h = all_tokens(self.head(h), layout.tokens)
     out = unpatchify(layout.from_tiles(h), cfg.patch, x.shape)
     return out, carry, aux
 
@@ -418,9 +420,10 @@ class DiT(nnx.Module):
     f, row, col = layout.positions.T
     frame = jnp.asarray(chunk)[:, None] * cfg.chunk_frames + f
     angles = rope_angles(frame, row, col, cfg.head_dim)
-    turn = jnp.cos(angles), jnp.sin(angles)
+    turn = own_tokens(jnp.cos(angles), layout.shared_rows), own_tokens(jnp.sin(angles), layout.shared_rows)
 
-    h = self.patch_embedding(layout.to_tiles(patchify(x.astype(dtype), cfg.patch))).astype(dtype)
+    rows = own_tokens(layout.to_tiles(patchify(x.astype(dtype), cfg.patch)), layout.shared_rows)
+    h = self.patch_embedding(rows).astype(dtype)
     graph, stacked = nnx.split(self.blocks)
     stacked, unpack = _pack_vectors(stacked, jnp.dtype(cfg.param_dtype), cfg.dim)
     *cross, distinct = text_kv

@@ -61,7 +61,8 @@ class Parts:
 
   Attributes:
     config: as the folder says, with the dtypes that this machine runs it in. around: sizes of the other parts.
-    mesh: the devices that have the DiT's heads between them, see `cluster.heads_mesh`; the first has the other parts.
+    mesh: the devices that share the tokens of every chunk, see `cluster.tokens_mesh`; the first has the other parts.
+    decoder: the device that has the codec instead, see `with_decoder_apart`.
     dit: weights of the DiT. others: weights of the other parts that stay on the device, by the names of `Around`.
     codec: has `time` and `space`, pixels of a latent along each.
     check: (captions, flag) raises UserError at one that the text encoder does not take.
@@ -82,18 +83,19 @@ class Parts:
   start: Callable[[int], Any]
   decode: Callable[[Any, Array, bool], tuple[Any, UInt8[Array, "B F H W 3"]]]
   mesh: Mesh | None = None
+  decoder: jax.Device | None = None
 
 
 def load_parts(directory, devices: int = 1) -> Parts:
   """Reads a model folder, or a training run's newest step, for so many devices.
 
   Raises:
-    UserError: absent, damaged, of another config, without one of its parts, or see `cluster.heads_mesh`.
+    UserError: absent, damaged, of another config, without one of its parts, or see `cluster.tokens_mesh`.
   """
   config = to_dataclass(Config, checkpoint.load_config(directory), "--checkpoint: config")
   if jax.devices()[0].platform == "cpu":  # bfloat16 is emulated there
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
-  folder, mesh = pathlib.Path(directory), cluster.heads_mesh(devices, config.model)
+  folder, mesh = pathlib.Path(directory), cluster.tokens_mesh(devices, config.model)
   linear, config = config.model.linear, as_stored(config)
   return with_linear((_wan if (folder / "dit").is_dir() else _digits)(folder, config, mesh), linear)
 
@@ -303,7 +305,6 @@ def in_compute_dtype(config: Config, vae: WanVAEConfig) -> tuple[Config, WanVAEC
 def wan_parts(config: Config, sizes: Around, dit: dict, pixels: dict, check, text, mesh: Mesh | None = None) -> Parts:
   """Parts around Wan2.1's DiT. pixels: the VAE's weights. check, text, mesh: see `Parts`."""
   codec = WanVAE(sizes.vae)
-  encode = jax.jit(lambda frames: codec.encode(pixels, from_uint8(frames)))
   return Parts(
     config=config,
     around=sizes,
@@ -312,21 +313,31 @@ def wan_parts(config: Config, sizes: Around, dit: dict, pixels: dict, check, tex
     codec=codec,
     check=check,
     text=text,
-    encode=lambda frames: encode(jnp.asarray(frames)),
+    encode=_encoding(codec, pixels),
     mesh=mesh,
     **_streaming(config, codec, pixels),
   )
 
 
-def _streaming(config: Config, codec, pixels) -> dict[str, Callable]:
-  """`start` and `decode` of `Parts` for a streaming decoder and its weights."""
+def _encoding(codec: WanVAE, pixels, device: jax.Device | None = None) -> Callable:
+  """`encode` of `Parts` by that device, which has the weights."""
+  encode = jax.jit(lambda frames: codec.encode(pixels, from_uint8(frames)))
+  return lambda frames: encode(jax.device_put(frames, device))
+
+
+def _streaming(config: Config, codec, pixels, device: jax.Device | None = None) -> dict[str, Callable]:
+  """`start` and `decode` of `Parts` for a streaming decoder and its weights, on the device that has these."""
 
   def decode(state, latents, first):
     state, out = codec.decode_chunk(pixels, state, latents, first)
     return state, to_uint8(out)
 
+  def start(batch):
+    with jax.default_device(device):  # it is large: nowhere else first
+      return jax.device_put(codec.init_decoder_state(batch, *config.model.latent_size), device)
+
   return {
-    "start": lambda batch: codec.init_decoder_state(batch, *config.model.latent_size),
+    "start": start,
     # The first chunk forgets the state, but writes the next one into its place.
     "decode": jax.jit(decode, static_argnums=2, donate_argnums=0, keep_unused=True),
   }
@@ -350,6 +361,25 @@ def with_tiny_decoder(parts: Parts, file) -> Parts:
     raise UserError(f"--tiny_decoder: {e}") from e
   others = parts.others | {"tiny_decoder": params}
   return dataclasses.replace(parts, around=sizes, others=others, **_streaming(parts.config, codec, params))
+
+
+def with_decoder_apart(parts: Parts) -> Parts:
+  """The same folder, its codec on the device behind the DiT's: it decodes a chunk while these denoise the next.
+
+  Raises:
+    UserError: this machine has no further device.
+  """
+  here, taken = jax.local_devices(), parts.mesh.size if parts.mesh else 1
+  if len(here) <= taken:
+    raise UserError(f"--decode_apart: wants a device beside the {taken} of --devices; this machine has {len(here)}")
+  device, codec, config = here[taken], parts.codec, parts.config
+  if isinstance(codec, DigitsCodec):  # no weights, no state
+    return dataclasses.replace(parts, decoder=device)
+  others = {name: jax.device_put(x, device) for name, x in parts.others.items()}
+  pixels = others["tiny_decoder" if parts.around.tiny_decoder else "vae"]
+  moved = _streaming(config, codec, pixels, device)
+  encode = _encoding(WanVAE(parts.around.vae), others["vae"], device)
+  return dataclasses.replace(parts, others=others, encode=encode, decoder=device, **moved)
 
 
 def _sizes(folder: pathlib.Path, part: str, config, flag: str = "--checkpoint"):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.pbsa import BLOCK
 from sfjax import memory as kv
 from sfjax.attention import Replay, cached_attention, importance_loss, replayed_attention
-from sfjax.axes import on_devices, split
+from sfjax.axes import on_devices
 from sfjax.flow import TIMESTEPS, SamplerConfig, denoise, few_step, renoise, to_x0
 from sfjax.model import DiT, ModelConfig
 from sfjax.routing import MemoryConfig, block_content
@@ -402,16 +402,18 @@ def head_loss(model: ModelConfig, cfg: MemoryConfig, params, looks: Looks) -> Fl
   return jax.vmap(one)(predicted, looks.queries, looks.keys).mean()
 
 
+_WHOLE, _MEMORY = PartitionSpec(), kv.split("tokens")  # how a mesh has arrays
 # For NVIDIA GPUs: products by cuBLAS, which reads weights where they lie and joins a bias and GELU, and each on its own.
 _COMPILER = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """The rollout's programs, jitted whole, the memory donated; on a mesh each of its devices has its own heads.
+  """The rollout's programs, jitted whole, the memory donated; on a mesh each device has its rows of a chunk, and its heads of
+  the memory.
 
   Attributes:
-    mesh: the devices, all of them along "tensor"; None for one.
+    mesh: the devices, all of them along "tokens"; None for one.
   """
 
   model: ModelConfig
@@ -420,31 +422,31 @@ class Compiled:
   mesh: Mesh | None = None
 
   def _jit(self, fn, takes, returns, **how):
-    """takes, returns: how what the program is given, weights first, and what it returns are split on a mesh."""
+    """takes, returns: how what the program is given and what it returns are split on a mesh."""
     if self.mesh is None:
       return jax.jit(fn, **how)
-    own = on_devices(fn, self.mesh, (split(abstract_params(self.model)), *takes), returns)
+    own = on_devices(fn, self.mesh, tuple(takes), returns)
     return jax.jit(own, out_shardings=jax.tree.map(lambda s: NamedSharding(self.mesh, s), returns), **how)
 
   @functools.cached_property
   def chunk(self):
     """(params, memory, key, sample, known, known_frames) -> (latents, memory)."""
     chunk = functools.partial(rollout_chunk, self.model, self.memory, self.sampler, in_place=True)
-    takes = kv.SPLIT, *[PartitionSpec()] * 4
-    return self._jit(chunk, takes, (PartitionSpec(), kv.SPLIT), donate_argnums=1, compiler_options=_COMPILER)
+    takes = _WHOLE, _MEMORY, *[_WHOLE] * 4
+    return self._jit(chunk, takes, (_WHOLE, _MEMORY), donate_argnums=1, compiler_options=_COMPILER)
 
   @functools.cached_property
   def append(self):
     """(params, memory, x0) -> memory."""
     append = functools.partial(append_chunk, self.model, self.memory, in_place=True)
-    return self._jit(append, (kv.SPLIT, PartitionSpec()), kv.SPLIT, donate_argnums=1, compiler_options=_COMPILER)
+    return self._jit(append, (_WHOLE, _MEMORY, _WHOLE), _MEMORY, donate_argnums=1, compiler_options=_COMPILER)
 
   @functools.cached_property
   def start(self):
     """(params, text, seed, null_text) -> memory."""
-    return self._jit(functools.partial(start, self.model, self.memory), [PartitionSpec()] * 3, kv.SPLIT)
+    return self._jit(functools.partial(start, self.model, self.memory), [_WHOLE] * 4, _MEMORY)
 
   @functools.cached_property
   def prompt(self):
     """(params, text, null_text) -> `prompt_kv`."""
-    return self._jit(functools.partial(prompt_kv, self.model), [PartitionSpec()] * 2, kv.SPLIT.text_kv)
+    return self._jit(functools.partial(prompt_kv, self.model), [_WHOLE] * 3, _MEMORY.text_kv)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pbsa import BLOCK, top_lists
-from sfjax.axes import all_heads, own_heads, total
+from sfjax.axes import all_heads, own_heads, sum_of_heads
 from sfjax.errors import check
 from sfjax.tiles import BlockLayout
 
@@ -309,7 +309,7 @@ def select_persistent(
   """
   size = origin.shape[-1]
   if cfg.sharing == "layer":
-    score = jnp.broadcast_to(total(score.sum(1, keepdims=True)), score.shape)
+    score = jnp.broadcast_to(sum_of_heads(score.sum(1, keepdims=True)), score.shape)
   score = jnp.where(origin < cfg.sink_chunks * layout.blocks, jnp.inf, score)
   may_stay = origin >= 0
   if layout.short:

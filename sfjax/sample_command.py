@@ -50,7 +50,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   p.add_argument("--video", help="a video to continue; it opens the result")
   p.add_argument("--save_state", help="file for the state, to go on later; ends with a whole chunk")
   p.add_argument("--continue_state", help="file written by --save_state")
-  p.add_argument("--devices", type=int, default=1, help="of this machine, to share every video's heads: for speed")
+  p.add_argument("--devices", type=int, default=1, help="of this machine, to share every chunk's tokens: for speed")
+  p.add_argument("--decode_apart", action="store_true", help="decode on one device more, beside the next chunk")
   p.add_argument("--device", choices=("cpu", "gpu"), help="default: a GPU if there is one")
   a = p.parse_args(argv)
   for flag in ("prompt_file", "out", "tiny_decoder", "image", "video", "save_state", "continue_state"):
@@ -130,7 +131,7 @@ def run(argv: list[str]) -> None:
   keep_programs()
   overrides = {name: getattr(a, name) for name in ("steps", "guidance", "routing", "commit")}
   low = {"slots": a.slots, "linear": a.linear}
-  sampler = sampling.Sampler(a.checkpoint, a.attention, a.tiny_decoder, a.devices, **low, **overrides)
+  sampler = sampling.Sampler(a.checkpoint, a.attention, a.tiny_decoder, a.devices, a.decode_apart, **low, **overrides)
   for flag, texts in a.texts.items():
     sampler.parts.check(texts, flag)
   sampler.text(sum(a.texts.values(), []) or a.prompts)  # together: an encoder loaded for new prompts is loaded once
@@ -194,10 +195,11 @@ def run(argv: list[str]) -> None:
     to_dict(sampler.config),
     seed=seed,
     devices=a.devices,
+    decode_apart=a.decode_apart,
     videos=videos,
     kv_bytes={"predicted": sampler.kv_bytes, "measured": held_bytes(memory)},
     device_bytes={
-      "predicted": ledger.predict(sampler.config, sampler.parts.around, devices=a.devices),
+      "predicted": ledger.predict(sampler.config, sampler.parts.around, 1, a.devices, a.decode_apart),
       "measured": ledger.measure(sampler.parts, sampler.config.memory, memory, stream.decoded),
       "workspace": stream.workspace(),
     },

@@ -16,7 +16,7 @@ from sfjax import rollout
 from sfjax.config import Config
 from sfjax.errors import UserError
 from sfjax.memory import KVMemory, memory_bytes
-from sfjax.parts import Parts, load_parts, with_linear, with_tiny_decoder
+from sfjax.parts import Parts, load_parts, with_decoder_apart, with_linear, with_tiny_decoder
 from sfjax.routing import MemoryConfig
 
 SHIPPED = pathlib.Path(__file__).parent.parent / "checkpoints" / "digits_student_memory"
@@ -50,22 +50,32 @@ class Sampler:
 
   Args:
     model: a model folder, or one that `load_parts` has read. attention: "sparse" (the trained memory), "window" or "dense".
-    tiny_decoder: a file, see `with_tiny_decoder`. devices: of this machine, to share the heads of a folder's model; a loaded
-      one has its own. slots: of the memory, "model" or "float8". linear: see `ModelConfig`. overrides: of the config's sampler,
-      as steps=4. None leaves each of these as it is.
+    tiny_decoder: a file, see `with_tiny_decoder`. devices: of this machine, to share the tokens of a chunk; a loaded model
+      has its own. decode_apart: see `with_decoder_apart`. slots: of the memory, "model" or "float8". linear: see
+      `ModelConfig`. overrides: of the config's sampler, as steps=4. None leaves each of these as it is.
 
   Raises:
-    UserError: the folder is absent, damaged or of another config, an argument is not accepted, or see `cluster.heads_mesh`.
+    UserError: the folder is absent, damaged or of another config, an argument is not accepted, or see `cluster.tokens_mesh`.
   """
 
   def __init__(
-    self, model=SHIPPED, attention="sparse", tiny_decoder=None, devices=1, slots=None, linear=None, **overrides
+    self,
+    model=SHIPPED,
+    attention="sparse",
+    tiny_decoder=None,
+    devices=1,
+    decode_apart=False,
+    slots=None,
+    linear=None,
+    **overrides,
   ):
     self.parts = model if isinstance(model, Parts) else load_parts(model, devices)
     if tiny_decoder:
       self.parts = with_tiny_decoder(self.parts, tiny_decoder)
     if linear:
       self.parts = with_linear(self.parts, linear)
+    if decode_apart:
+      self.parts = with_decoder_apart(self.parts)
     config = self.parts.config
     changes = {name: value for name, value in overrides.items() if value is not None}
     memory = attention_preset(config, attention)
@@ -147,7 +157,8 @@ class Stream:
   Attributes:
     memory, decoded: the memory and the codec's state; whole once all frames were taken.
     seconds: for every generated chunk, the time until its latents were there, and until its pixels were on the host, each
-      since the chunk was begun or since the chunk before had got as far, whichever is later.
+      since the chunk was begun or since the chunk before had got as far, whichever is later; latents wait for the pixels of
+      the chunk before where one device makes both.
   """
 
   def __init__(self, sampler: Sampler, memory, decoded, frames, key, samples, given, schedule):
@@ -181,7 +192,7 @@ class Stream:
         there = time.perf_counter()
         if generated:
           self.seconds.append((denoised - max(began, last[0]), there - max(began, last[1])))
-        last = decoded, there
+        last = (denoised if self._sampler.parts.decoder else decoded), there
         if made == 1 and frames > 0:  # the first frames do not wait until the second chunk is started, or even compiled
           work = begin_next()
         yield pixels
@@ -218,7 +229,8 @@ class Stream:
       is_known = jnp.arange(f) < part.shape[1]
       latents, self.memory = programs.chunk(dit, self.memory, self._key, self._samples, known, is_known)
       if programs.mesh:
-        latents = latents.addressable_data(0)  # all have them; the first one decodes
+        latents = latents.addressable_data(0)  # all have them
+      latents = jax.device_put(latents, sampler.parts.decoder)
       self._asked = (*before, _like(latents))
       self._firsts.add(chunk == 0)
     else:

@@ -133,9 +133,14 @@ class BlockLayout:
     """Tokens of a latent frame that lie together; so many of each of the tile's frames take turns."""
     return self.tile[1] * self.tile[2]
 
+  @property
+  def shared_rows(self) -> int:
+    """Devices that share a chunk's tokens get whole groups of so many: of all frames, and of 8 rows for the kernels."""
+    return math.lcm(self.tile[0] * self.run, 8)
+
   def framed(self, x: Float[Array, "*B tokens D"]) -> Float[Array, "B*a rows D"]:
-    """A view whose rows are of the same tile[0] frames."""
-    return x.reshape(-1, self.tokens // (self.grid[0] // self.tile[0]), x.shape[-1])
+    """A view whose rows are of the same tile[0] frames; of a device's own rows, too, where a tile spans all frames."""
+    return x.reshape(-1, x.shape[-2] // (self.grid[0] // self.tile[0]), x.shape[-1])
 
   def frame_vectors(self, e: Float[Array, "*B F D"]) -> Float[Array, "B*a f D"]:
     """Per-frame values as `framed` rows take them, in turns."""

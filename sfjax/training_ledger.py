@@ -159,7 +159,7 @@ def predict(config: Config, teacher: ModelConfig, critic: ModelConfig, devices: 
     {
       "gathered": gathered["params"],
       "quiet": shard_bytes(used, quiet),
-      "memory": tree_bytes(abstract_memory(config, batch, tensor)),
+      "memory": tree_bytes(abstract_memory(config, batch, tensor, "tensor")),
       "kept": 2 * kept,
     },
     {

@@ -19,6 +19,7 @@ def test_stages_of_kernels():
   assert inside == {"fusion_297": "layers", "sort_27": "lists", "loop_add_fusion": "memory"}
   for kernel, stage in (
     ("pbsa_join_mosaic_gpu_kernel", "pbsa"),
+    ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "exchange"),
     ("to_slots_mosaic_gpu_kernel", "slots"),
     ("few_keys_mosaic_gpu_kernel", "cross-attention"),
     ("nvjet_sm90_tst_192x144_64x5_2x1_v_bz_coopB_NNT", "products"),

@@ -1,20 +1,23 @@
-"""A video on several devices is that of one: each has its heads, their weights and their memory."""
+"""A video on several devices is that of one: each has its rows of a chunk and its heads of the memory; another decodes."""
 
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
 import sample
-from sfjax import checkpoint, teacher_forcing
+from sfjax import checkpoint, cluster, teacher_forcing
 from sfjax.checkpoint import load_arrays
 from sfjax.config import to_dict
 from sfjax.errors import UserError
+from sfjax.model import ModelConfig
+from sfjax.parts import with_decoder_apart
 from sfjax.sampling import Sampler
 
 FLAGS = ("--seconds", "1", "--save_state")
@@ -34,7 +37,16 @@ def two_heads(config, tmp_path_factory):
 def on_two_devices(*flags):
   """sample.py in a process of 4 devices."""
   env = os.environ | dict(JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-  line = [sys.executable, "-W", "error::DeprecationWarning", "sample.py", "--devices", "2", *map(str, flags)]
+  line = [
+    sys.executable,
+    "-W",
+    "error::DeprecationWarning",
+    "sample.py",
+    "--devices",
+    "2",
+    "--decode_apart",
+    *map(str, flags),
+  ]
   return subprocess.run(line, env=env, capture_output=True, text=True)
 
 
@@ -50,6 +62,7 @@ def test_a_video_goes_on_on_two_devices_as_on_one(two_heads, tmp_path):
   assert {name: held["predicted"][name] for name in held["measured"] if name != "total"} == {
     name: n for name, n in held["measured"].items() if name != "total"
   }  # by each of the two
+  assert "persistent" in held["measured"] and "codec_state" not in held["measured"]
   want, got = load_arrays(tmp_path / "one"), load_arrays(tmp_path / "two")
   assert want.keys() == got.keys() and {"k", "v", "pooled", "score", "cross_k", "made"} < want.keys()
   for name, x in want.items():
@@ -65,5 +78,10 @@ def test_what_is_refused(two_heads, monkeypatch):
   with pytest.raises(UserError, match="--devices: 2; this machine has 1"):
     Sampler(two_heads, devices=2)
   monkeypatch.setattr(jax, "local_devices", lambda: jax.devices() * 4)
-  with pytest.raises(UserError, match="--devices: 3 does not divide the model's 2 heads and ffn_dim 64"):
+  with pytest.raises(UserError, match="--devices: 3 does not divide the model's 2 heads"):
     Sampler(two_heads, devices=3)
+  with pytest.raises(UserError, match="--decode_apart: wants a device beside the 4 of --devices; this machine has 4"):
+    with_decoder_apart(types.SimpleNamespace(mesh=types.SimpleNamespace(size=4)))
+  flat = dataclasses.replace(ModelConfig.digits(), tile=(1, 4, 4))
+  with pytest.raises(UserError, match="--devices: 3; a tile of 1 frames, not a chunk's 3, wants 1"):
+    cluster.tokens_mesh(3, flat)

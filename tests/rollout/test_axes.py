@@ -16,7 +16,7 @@ from pallas_kernels.pbsa import api
 from pallas_kernels.slots import mosaic_sm90 as slots
 from sfjax import axes, objective, rollout
 from sfjax.config import Config, Stage, load_config, to_dataclass
-from sfjax.memory import SPLIT, slots_of
+from sfjax.memory import split
 from sfjax.parts import in_compute_dtype
 from sfjax.wan_vae import WanVAEConfig
 
@@ -39,24 +39,19 @@ def config():
 def lowered(mesh, fn, *args):
   """Text of a program for GPUs. args: of (shapes, specs)."""
   of = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-  args = [jax.tree.map(lambda x, s: of(x, s), x, specs) for x, specs in args]
+  args = [jax.tree.map(lambda spec, x: jax.tree.map(lambda x: of(x, spec), x), specs, x) for x, specs in args]
   return fn.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def split_of(memory):
-  """`SPLIT` of what the memory has."""
-  return SPLIT.replace(**{name: None for name, x in slots_of(memory).items() if x is None})
-
-
-def sums(text) -> list[str]:
-  """Shapes of what devices sum, in no order."""
-  return sorted(re.findall(r'"stablehlo.all_reduce".*?\}\) : \(tensor<([^>]+)>\)', text, re.S))
+def sent(text, how="all_reduce") -> list[str]:
+  """Shapes of what devices sum, or send each other otherwise, in no order."""
+  return sorted(re.findall(rf'"stablehlo.{how}".*?\}}>?(?: \(\{{.*?\}}\))? : \(tensor<([^>]+)>\)', text, re.S))
 
 
 @pytest.mark.parametrize("slots", ["model", "float8"])
 def test_sampling_a_chunk(config, slots):
   config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, slots=slots))
-  mesh, model = AbstractMesh((1, 1, 1, 4), axes.AXES), config.model
+  mesh, model = AbstractMesh((4,), ("tokens",)), config.model
   params, whole = rollout.abstract_params(model), PartitionSpec()
   text = jax.ShapeDtypeStruct((1, model.text_len, model.text_dim), jnp.float32)
   memory = jax.eval_shape(lambda p, t: rollout.start(model, config.memory, p, t), params, text)
@@ -64,11 +59,12 @@ def test_sampling_a_chunk(config, slots):
   rest = jax.eval_shape(lambda: (jax.random.key(0), jnp.zeros(1, jnp.int32)))
   program = rollout.Compiled(model, config.memory, config.sampler, mesh).chunk
   args = [(x, whole) for x in (*rest, known, jax.ShapeDtypeStruct((3,), bool))]
-  text = lowered(mesh, program, (params, axes.split(params)), (memory, split_of(memory)), *args)
-  # Attention to the memory and to the prompt, of a denoising pass and of the commit, and four norms of each.
-  assert text.count("@mosaic_gpu_v2") == 4 + 8 and "all_gather" not in text
-  own, prompt, widths = ["1x1x4680x1xf32"] * 2, ["1x4680xf32"], ["1x4680x1536xbf16"] * 2 + ["4680x1536xbf16"]
-  assert sums(text) == sorted(2 * (own + prompt + widths) + own)  # of the commit's last layer just what the memory gets
+  text = lowered(mesh, program, (params, whole), (memory, split("tokens")), *args)
+  # Attention to the memory and to the prompt, of a denoising pass and of the commit, and four norms and a GELU of each.
+  assert text.count("@mosaic_gpu_v2") == 4 + 8 + 2 and not sent(text)
+  there, back = "4x3x1x1200x3x128xbf16", "4x1x1200x3x128xbf16"  # q, k and v, and what attention found
+  assert sent(text, "all_to_all") == sorted([there, back] * 2 + [there])  # of the commit's last layer, for the memory
+  assert sent(text, "all_gather") == ["1x1x1200x64xf32"]  # the prediction
 
 
 def test_the_gradient_of_a_clip(config):
@@ -91,4 +87,4 @@ def test_the_gradient_of_a_clip(config):
   # pbsa and dq, each with the kernel that joins its pieces; dk and dv; attention to the prompt.
   assert text.count("@mosaic_gpu_v2") == 6 and "all_gather" not in text
   # After each product that ends in the model's width, and as often on the way back.
-  assert sum(re.fullmatch(r"(1x3x4680|1x14040|14040)x1536xbf16", shape) is not None for shape in sums(text)) == 2 * 3
+  assert sum(re.fullmatch(r"(1x3x4680|1x14040|14040)x1536xbf16", shape) is not None for shape in sent(text)) == 2 * 3

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from sfjax import axes, captions, cluster, routing, self_forcing, teacher_forcing, training
+from sfjax import axes, captions, cluster, rollout, routing, self_forcing, teacher_forcing, training
 from sfjax.axes import AXES
 from sfjax.checkpoint import load_arrays, named
 from sfjax.config import Config, Stage, load_config, to_dataclass
 from sfjax.data.digits import frames_of_chunks
 from sfjax.errors import UserError
+from sfjax.flow import SamplerConfig
 from sfjax.routing import MemoryConfig
-from tests.memory.test_equality import random_params
+from tests.memory.test_equality import random_params, tiny
 from tests.training.test_self_forcing import MODEL, STAGE, begin, make, on_mesh, teacher  # noqa: F401, a fixture
 
 STEPS = 3
@@ -103,6 +104,33 @@ def routed():
   return [{f"{name} {i}": weighed(x) for name, of in found.items() for i, x in enumerate(of[j])} for j in range(2)]
 
 
+def sampled(batch=1, **memory):
+  """How far four chunks of four devices and the memory after them are from one device's: relative L2 of every array.
+
+  A chunk's 36 tokens of each frame are 6 groups of 24 rows in all: of four devices the last has none.
+  """
+  model = tiny(latent_size=(12, 12), tile=(3, 2, 2), block_tokens=16, heads=4, importance_head=True)
+  cfg = MemoryConfig(**dict(window=2, persistent=5, top_k=0.5, rope_cap=4) | memory)
+  sampler = SamplerConfig(steps=2, shift=5.0, guidance=3.0)
+  params, draw = random_params(model, 3), lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+  frames = draw(1, batch, 3, *model.latent_size, model.latent_channels)
+  given = jax.random.key(2), jnp.arange(batch), 0 * frames, jnp.zeros(3, bool)
+
+  def made(devices):
+    programs = rollout.Compiled(model, cfg, sampler, cluster.tokens_mesh(devices, model))
+    text = draw(3, batch, model.text_len, model.text_dim)
+    memory, chunks = programs.start(params, text, 0, 0 * text[:1]), []
+    memory = programs.append(params, memory, frames)
+    for _ in range(4):
+      x, memory = programs.chunk(params, memory, *given)
+      memory, chunks = memory.with_text(programs.prompt(params, -text, text[:1])), [*chunks, np.asarray(x)]
+    return {name: np.asarray(x).astype(np.float64) for name, x in named([chunks, vars(memory)]).items()}
+
+  one, many = made(1), made(4)
+  assert many.keys() == one.keys()
+  return {name: float(np.linalg.norm(many[name] - x) / np.linalg.norm(x)) for name, x in one.items()}
+
+
 def on_eight_devices(call: str):
   """What a function of this module returns, called in a process of 8 devices."""
   code = f"import json; from tests.training import test_devices; print(json.dumps(test_devices.{call}))"
@@ -179,6 +207,16 @@ def test_eight_devices_train_as_one_does(call, least, request):
   assert got.keys() == want.keys() and len(want) >= least
   for name, x in want.items():  # sums of the same numbers in another order
     np.testing.assert_allclose(got[name], x, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "memory", ["importance='learned', sharing='layer', novelty=4.0, batch=2", "importance='random'", "slots='float8'"]
+)
+def test_devices_sample_as_one_does(memory):
+  found = on_eight_devices(f"sampled({memory})")
+  assert len(found) >= 14
+  for name, error in found.items():  # rounded to 8 or 16 bits, a number may fall to either side
+    assert error <= (1e-3 if "pooled" in name or "float8" in memory else 1e-5), (name, error)
 
 
 def test_the_death_of_a_host_ends_the_others(tmp_path):
