@@ -234,7 +234,7 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
   """Attends for a whole clip under teacher forcing: the clean chunks side by side, then the noisy ones.
 
   Noisy chunk t reads what a rollout reads: P_t, the clean window before t, and itself. So the last chunk may be absent from
-  the clean stream (G = 2 n or 2 n - 1). The layer input is the layer's rng.
+  the clean stream (G = 2 n or 2 n - 1). The layer input is the layer's rng, see `KVMemory`.
 
   Where devices along "context" share the chunks, a device attends for its own, clean and noisy, to the keys and values of all,
   and all of them make the same plan.

@@ -5,8 +5,11 @@ state is split over "fsdp" and "tensor" and repeated along the others: a step ga
 them, and every device updates its own part of them and of the optimiser's state.
 """
 
+import atexit
 import contextlib
 import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -44,7 +47,23 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
   _initialize(coordinator, processes, process)
 
 
+_WITNESS = """
+import sys
+if not sys.stdin.read():
+  print("error: process", sys.argv[1], "ended without a word, as it does where another host has died; rerun on all to go on "
+    "from the last save", file=sys.stderr)
+"""
+
+
+def _witnessed() -> None:
+  """Where a library aborts this process, as XLA's, Gloo's and NCCL's do when another host is gone, one beside it tells so."""
+  line = [sys.executable, "-S", "-c", _WITNESS, str(os.getpid())]
+  beside = subprocess.Popen(line, stdin=subprocess.PIPE, start_new_session=True, text=True)  # Ctrl-C is not for it
+  atexit.register(beside.communicate, "ended by itself")
+
+
 def _initialize(*who) -> None:
+  _witnessed()  # before JAX, whose own last act may abort
   jax.config.update("jax_cpu_enable_async_dispatch", False)  # Gloo may mix up what two programs at once send
   jax.distributed.initialize(*who, heartbeat_timeout_seconds=_SILENCE, shutdown_timeout_seconds=_EXPORT)
 

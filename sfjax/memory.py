@@ -49,7 +49,7 @@ class KVMemory:
     k, v: slots, persistent blocks first; keys are stored rotated at their own frame.
     pooled: mean keys of a block's patches, bfloat16. score: importance.
     origin: chunk * nb + tile a block came from, -1 when empty.
-    chunk: the chunk to be generated next (or being generated). rng: key data for "random" importance.
+    chunk: the chunk to be generated next (or being generated). rng: key data of each row, for "random" importance.
     cross_k, cross_v, cross_distinct: of the prompt, see `DiT.text_kv`.
     k_scale, v_scale: of float8 slots, see `narrow`; else None.
   """
@@ -60,7 +60,7 @@ class KVMemory:
   score: Float[Array, "*L B N K"]
   origin: Int32[Array, "*L B N K"]
   chunk: Int32[Array, "*L"]
-  rng: Array
+  rng: Array  # [*L,B,2]
   cross_k: Float[Array, "*L B M N H"]
   cross_v: Float[Array, "*L B M N H"]
   cross_distinct: Int32[Array, "*L B"]
@@ -106,15 +106,28 @@ class Commit(NamedTuple):
   score: Float[Array, "*L B N R"]
 
 
-def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Array, Array], seed: int = 0) -> KVMemory:
-  """An empty memory for the batch of prompts whose `DiT.text_kv` is given."""
+def row_keys(seed: int, rows: int) -> Array:
+  """Keys of a memory's rows."""
+  key = jax.random.key(seed, impl="threefry2x32")
+  return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+
+def layer_rng(keys: Array, layers: int) -> Array:
+  """`KVMemory.rng` [L,B,2] of so many layers from a key for each row; "random" importance alone draws from it."""
+  return jnp.moveaxis(jax.vmap(lambda key: jax.random.key_data(jax.random.split(key, layers)))(keys), 1, 0)
+
+
+def init_memory(
+  model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Array, Array], keys: Array | None = None
+) -> KVMemory:
+  """An empty memory for the batch of prompts whose `DiT.text_kv` is given. keys: of its rows; by default those of seed 0."""
   layers, batch, _, heads, dim = text_kv[0].shape
   heads = count_of_heads(heads)
   blocks = cfg.resident_blocks(model.layout)
   float8 = cfg.slots == "float8"
   slots = jnp.zeros((layers, batch, blocks * BLOCK, heads, dim), E4M3 if float8 else jnp.dtype(model.dtype))
   scale = jnp.zeros((layers, batch, blocks, heads), jnp.float32) if float8 else None
-  rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"), layers)
+  keys = row_keys(0, batch) if keys is None else keys
   return KVMemory(
     k=slots,
     v=slots,
@@ -122,7 +135,7 @@ def init_memory(model: ModelConfig, cfg: MemoryConfig, text_kv: tuple[Array, Arr
     score=jnp.zeros((layers, batch, heads, blocks), jnp.float32),
     origin=jnp.full((layers, batch, heads, blocks), -1, jnp.int32),
     chunk=jnp.zeros((layers,), jnp.int32),
-    rng=jax.random.key_data(rng),
+    rng=layer_rng(keys, layers),
     cross_k=text_kv[0],
     cross_v=text_kv[1],
     cross_distinct=text_kv[2],
@@ -140,7 +153,7 @@ def memory_bytes(model: ModelConfig, cfg: MemoryConfig, batch: int = 1) -> dict[
   return {
     "kv": 2 * model.layers * batch * model.heads * blocks * block + width * blocks * cfg.route_parts**2 * 2,
     "cross": 2 * width * model.text_len * size,
-    "bookkeeping": model.layers * (batch * (model.heads * blocks * 8 + 4) + 4 + 8),
+    "bookkeeping": model.layers * (batch * (model.heads * blocks * 8 + 4 + 8) + 4),
   }
 
 

@@ -16,6 +16,7 @@ from sfjax.attention import parallel_attention
 from sfjax.axes import all_chunks, own_chunks, splits_chunks
 from sfjax.config import Config, Stage
 from sfjax.flow import TIMESTEPS, add_noise, flow_loss, shift_sigma
+from sfjax.memory import layer_rng
 from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
 
@@ -51,9 +52,12 @@ def teacher_forced(
   noisy: Float[Array, "B n F h w C"],
   sigma: Float[Array, "B n F"],
   prompt: captions.Rows,
-  key: Array,
+  keys: Array,
 ) -> tuple[Float[Array, "B n F h w C"], Float[Array, ""]]:
-  """The network's output for noisy chunks that read a clean context of that noise level, and the importance head's loss."""
+  """The network's output for noisy chunks that read a clean context of that noise level, and the importance head's loss.
+
+  keys: of the clips, see `memory.layer_rng`.
+  """
   model, n = config.model, noisy.shape[1]
   chunk, apart = jnp.arange(n), splits_chunks(n)
   if apart:
@@ -70,7 +74,7 @@ def teacher_forced(
     jnp.concatenate([chunk[:given], chunk]),
     captions.kv(model, params, prompt),
     parallel_attention(model, stage_memory(config.memory, stage, n), n, later=min(config.memory.window, n)),
-    jax.vmap(jax.random.key_data)(jax.random.split(jax.random.fold_in(key, 2**31 - 1), model.layers)),
+    layer_rng(keys, model.layers),
   )
   out = out[:, given:]
   return all_chunks(out, 1) if apart else out, plan.importance_loss.mean()
@@ -95,7 +99,7 @@ def loss(
     The loss, and its parts as metrics.
   """
   model, train = config.model, config.train
-  draws = iter(jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 9))(clip_keys(key, index)), 1, 0))
+  draws = iter(jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 10))(clip_keys(key, index)), 1, 0))
   draw = lambda kind, *shape: jax.vmap(lambda k: kind(k, shape))(next(draws))
   uniform = functools.partial(draw, jax.random.uniform)
 
@@ -115,7 +119,7 @@ def loss(
   context = add_noise(x0[:, :-1], draw(jax.random.normal, n - 1, *x0.shape[2:]), level)
 
   prompt = text.dropped(uniform(1)[:, 0] < train.p_drop_prompt).prompt
-  out, aux = teacher_forced(config, stage, params, context, level, noisy, sigma, prompt, key)
+  out, aux = teacher_forced(config, stage, params, context, level, noisy, sigma, prompt, next(draws))
   frames = flow_loss(model, out, noisy, x0, noise, sigma)
   # A mean by clip; a chunk's last frame is never known.
   flow = (jnp.where(known, 0.0, frames).sum((1, 2)) / (~known).sum((1, 2))).mean()

@@ -87,11 +87,12 @@ def loss(config: Config, stage: Stage, params: dict, inputs, key: Array, index):
   states, text = inputs
   states = states.astype(jnp.float32).reshape(*states.shape[:2], stage.chunks, model.chunk_frames, *states.shape[3:])
   clean, levels = states[:, -1], jnp.asarray(config.sampler.sigmas[:-1])
-  level = jax.vmap(lambda k: jax.random.randint(k, (stage.chunks,), 0, len(levels)))(clip_keys(key, index))
+  keys = clip_keys(key, index)
+  level = jax.vmap(lambda k: jax.random.randint(k, (stage.chunks,), 0, len(levels)))(keys)
   noisy = jnp.take_along_axis(states, level[:, None, :, None, None, None, None], 1)[:, 0]
   sigma = jnp.broadcast_to(levels[level][..., None], noisy.shape[:3])
   quiet = jnp.zeros_like(sigma[:, :-1])
-  out, aux = teacher_forced(config, stage, params, clean[:, :-1], quiet, noisy, sigma, text.prompt, key)
+  out, aux = teacher_forced(config, stage, params, clean[:, :-1], quiet, noisy, sigma, text.prompt, keys)
   error = ((to_x0(model, out, noisy, sigma) - clean) ** 2).mean()
   total = error + config.train.importance_weight * aux
   return total, {"loss": total, "x0_error": error, "importance": aux}

@@ -67,7 +67,8 @@ def start(
   model: ModelConfig, cfg: MemoryConfig, params, text: Float[Array, "B M E"], seed: int = 0, null_text=None
 ) -> kv.KVMemory:
   """An empty memory for a batch of prompts. With null_text (guidance) the batch is doubled: prompts first."""
-  return kv.init_memory(model, cfg, prompt_kv(model, params, text, null_text), seed)
+  prompts = prompt_kv(model, params, text, null_text)
+  return kv.init_memory(model, cfg, prompts, kv.row_keys(seed, prompts[0].shape[1]))
 
 
 def text_kv(model: ModelConfig, params, text: Float[Array, "B M E"]):

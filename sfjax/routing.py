@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from pallas_kernels.pbsa import BLOCK, top_lists
 from sfjax.axes import all_heads, own_heads, sum_of_heads
@@ -236,21 +236,21 @@ def importance(
   valid: Bool[Array, "B N R"],
   old: Float[Array, "B N R"],
   chunk: Int32[Array, ""],
-  rng: Array,
+  rng: Key[Array, " B"],
 ) -> Float[Array, "B N R"]:
   """New scores of the resident blocks, taken in a chunk's commit pass.
 
   Args:
     head: contents [B,nb,N,H] -> log importance [B,N,nb]; used by "learned" only, which scores a block once, when it is
       committed. own: contents of the chunk's blocks.
-    rng: key of the layer; used by "random" only.
+    rng: a key of the layer for each row; used by "random" only.
   """
   if cfg.importance == "learned":
     return jnp.concatenate([old[..., : -layout.blocks], jnp.exp(head(own))], -1)
   if cfg.importance == "random":
-    b, heads, resident = valid.shape
-    key = jax.random.fold_in(rng, chunk)
-    return own_heads(lambda n: jax.random.uniform(key, (b, n, resident)), heads, 1)
+    _, heads, resident = valid.shape
+    draw = lambda n: jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, chunk), (n, resident)))(rng)
+    return own_heads(draw, heads, 1)
   current = jnp.arange(valid.shape[-1]) >= valid.shape[-1] - layout.blocks
   s = jnp.where(valid[:, :, None], block_scores(q_pooled, k_pooled), -jnp.inf)
   new = jax.nn.softmax(s, axis=-1).sum(2)

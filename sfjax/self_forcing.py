@@ -190,7 +190,8 @@ def student_rollout(
   """`silent` chunks without gradient, then as many as the teacher judges: (latents [B,T,h,w,C], `rollout.Looks`)."""
   model, cfg, sampler = config.model, config.memory, config.sampler
   text_kv = captions.kv(model, params, prompt)
-  memory, fixed = jax.lax.stop_gradient((init_memory(model, cfg, text_kv, config.train.seed), params["dit"]))
+  memory = init_memory(model, cfg, text_kv, clip_keys(jax.random.fold_in(key, 2**31 - 1), samples))  # no clip's number
+  memory, fixed = jax.lax.stop_gradient((memory, params["dit"]))
   quiet, fixed = rollout.for_compute(model, fixed)
   beginning = start and start.encoded(model)
   silently = functools.partial(rollout.rollout_chunk, in_place=True, beginning=beginning)

@@ -256,7 +256,7 @@ def test_importance_is_the_sum_of_softmaxes_and_decays():
 
   def score(**kw):
     cfg = MemoryConfig(window=2, persistent=1, **kw)
-    return np.asarray(importance(cfg, ODD, head, own, q, k, valid, old, jnp.int32(4), jax.random.key(0)))
+    return np.asarray(importance(cfg, ODD, head, own, q, k, valid, old, jnp.int32(4), None))
 
   s = np.exp(np.einsum("bqnh,brnh->bnqr", *(np.asarray(a, np.float64) for a in (q, k))) / np.sqrt(8))
   s[..., 2] = 0  # an empty block takes no part
@@ -267,6 +267,17 @@ def test_importance_is_the_sum_of_softmaxes_and_decays():
   learned = score(importance="learned")
   np.testing.assert_array_equal(learned[..., :5], old[..., :5])  # scored once, at their own commit
   np.testing.assert_allclose(learned[..., 5:], np.exp(head(own)), rtol=1e-6)
+
+
+def test_a_row_draws_its_random_importance_by_its_own_key():
+  cfg, keys = MemoryConfig(window=2, persistent=1, importance="random"), kv.row_keys(3, 2)
+  valid, chunk = jnp.ones((2, 2, 9), bool), jnp.int32(4)
+  draw = lambda rows, chunk: np.asarray(
+    importance(cfg, ODD, None, None, None, None, valid[rows], None, chunk, keys[rows])
+  )
+  both = draw(slice(2), chunk)
+  np.testing.assert_array_equal(both[1:], draw(slice(1, 2), chunk))
+  assert len(np.unique([*both.flat, *draw(slice(2), chunk + 1).flat])) == 2 * both.size
 
 
 def test_redundancy_is_the_cosine_to_what_came_later():

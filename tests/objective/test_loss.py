@@ -86,7 +86,7 @@ class Network:
     self.text = text
 
   def apply(self, model, params, x, t, chunk, kv, attend, rng):
-    self.x, self.t, self.chunk = x, t, chunk
+    self.x, self.t, self.chunk, self.rng = x, t, chunk, rng
     return self.answer(self), None, Parallel(None, None, None, jnp.zeros(model.layers))
 
   @property
@@ -98,6 +98,18 @@ class Network:
 def run(config, inputs, key=0):
   encoder = {"text": WordEncoder(4, 8).init(0), "dit": None}
   return objective.loss(config, STAGE, encoder, *inputs, jax.random.key(key), INDEX)
+
+
+def test_random_importance_is_drawn_by_step_and_place(inputs, monkeypatch):
+  net, found = Network(monkeypatch), []
+  for key, index in ((0, INDEX), (0, INDEX[::-1]), (1, INDEX)):
+    params = {"text": WordEncoder(4, 8).init(0), "dit": None}
+    objective.loss(make(), STAGE, params, *inputs, jax.random.key(key), index)
+    found.append(np.asarray(net.rng))
+  assert found[0].shape == (MODEL.layers, B, 2)
+  np.testing.assert_array_equal(found[1], found[0][:, ::-1])
+  seen = np.concatenate([found[0], found[2]], 1).reshape(-1, 2)
+  assert len(np.unique(seen, axis=0)) == len(seen)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "flow"])

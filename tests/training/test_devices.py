@@ -84,7 +84,7 @@ def routed():
   r = 3 + 2 * layout.blocks
   score, content = rng.random((2, 8, r), np.float32), rng.normal(size=(2, r, 8, 4)).astype(np.float32)
   origin = np.broadcast_to(np.arange(r, dtype=np.int32), (2, 8, r))
-  valid, chunk, key = np.ones((2, 8, r), bool), jnp.int32(3), jax.random.key(1)
+  valid, chunk, key = np.ones((2, 8, r), bool), jnp.int32(3), jax.random.split(jax.random.key(1), 2)
   found = {}
   for name, cfg in (
     ("layer", MemoryConfig(window=2, persistent=3, sharing="layer", novelty=4.0)),
@@ -233,6 +233,16 @@ def test_the_death_of_a_host_ends_the_others(tmp_path):
   on_two_hosts(tmp_path, steps=max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) + 2)
 
 
+@pytest.mark.parametrize(("end", "told"), [("os.abort()", 1), ("sys.exit(2)", 0), ("1 / 0", 0), ("pass", 0)])
+def test_a_process_that_is_aborted_has_a_witness(end, told):
+  code = f"import os, sys; from sfjax import cluster; cluster._witnessed(); {end}"
+  run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert len(re.findall("error: process .* another host has died; rerun on all .*save\n", run.stderr)) == told, (
+    run.stderr
+  )
+  assert (run.returncode == 0) == (end == "pass")
+
+
 def test_a_program_that_fails_among_hosts_is_told_as_a_death(monkeypatch):
   def fail():
     with cluster.explained():
@@ -249,6 +259,7 @@ def test_hosts_that_are_done_wait_for_the_one_that_exports(monkeypatch):
   told = {}
   monkeypatch.setattr(jax.distributed, "initialize", lambda *who, **how: told.update(how))
   monkeypatch.setattr(jax.config, "update", lambda *_: None)
+  monkeypatch.setattr(cluster, "_witnessed", lambda: None)
   cluster.join("localhost:1234", 2, 0)
   assert told["shutdown_timeout_seconds"] >= 3600 and told["heartbeat_timeout_seconds"] <= 60
 
