@@ -106,7 +106,7 @@ class Watched:
 
   def __enter__(self):
     self.samples, self._smi = [], None
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # nvidia-smi counts all there are
+    first = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]  # nvidia-smi counts all there are
     query = ["nvidia-smi", "-i", first, "--query-gpu=power.draw.instant,clocks.sm", "--format=csv,noheader,nounits"]
     try:
       self._smi = subprocess.Popen([*query, "-lms", "50"], stdout=subprocess.PIPE, text=True)

@@ -10,7 +10,8 @@ in the steady state: from chunk W + C / blocks of a chunk on, when the memory is
 chunks over that of the first four full ones. One video a memory, of the longest --seconds; the shorter ones are its beginning.
 
 --devices N shares the tokens of every chunk among N devices; bytes and peaks are then the first one's, which also decodes.
-With --decode_apart one more does, while they denoise the next chunk: "denoiser" is then the time from latents to latents.
+With --decode_apart one more does, while they denoise the next chunk: "denoiser" is then the time from latents to latents, and
+where decoding takes longer, that of decoding; `benchmarks.chunk` times the chunk's program alone.
 
 --routing and --commit time the sampler's options, every memory with each of them: lists found in every step or once a chunk;
 K/V kept from a clean pass, or from the last step, which is a pass less ("passes" of a run: those of a chunk). --slots, too:
@@ -149,21 +150,15 @@ def measure(parts: Parts, memory: MemoryConfig, chunks: int, streams: int = 1) -
     first = first or time.perf_counter() - began
     if not np.ptp(pixels):
       raise RuntimeError("the pixels are all the same: nothing was computed")
-  predicted, workspace = predict(parts, memory, streams), stream.workspace()
-  own = workspace if parts.decoder is None else {"chunk": workspace["chunk"]}
+  told = ledger.told(parts, parts.config, stream, streams)
   return {
     "frames": frames,
     "compile_s": compiled,
     "first_frames_s": first,
     "chunk_times_s": stream.seconds,
     "kv_bytes": {"predicted": streams * sampler.kv_bytes["kv"], "measured": held_bytes(stream.memory)},
-    "device_bytes": {
-      "predicted": predicted,
-      "measured": ledger.measure(parts, memory, stream.memory, stream.decoded),
-      "live": held_by(jax.local_devices()[0]),
-      "workspace": workspace,
-    },
-    "peak_memory": {"predicted": predicted["total"] + max(own.values())} | peak_memory(),
+    "device_bytes": told | {"live": held_by(jax.local_devices()[0])},
+    "peak_memory": {"predicted": told["predicted"]["total"] + max(told["workspace"].values())} | peak_memory(),
   }
 
 
@@ -263,6 +258,8 @@ def main(argv: list[str]) -> None:
   out = make_folder(a.out, "--out")
   # Before JAX has taken the device's memory.
   peer = self_forcing_peer.run_beside(a.self_forcing) if a.self_forcing else {}
+  if a.decode_apart:
+    cluster.device_beside(a.devices)
   keep_programs()
   runs, rows, decoder = [], [], {}
 

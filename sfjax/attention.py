@@ -63,7 +63,7 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       q, k, v = map(layout.pack, rows)
       m = kv.write_chunk(model, cfg, m, k, v, layer)
       q_pooled, content = pool_queries(q, layout, cfg.route_parts), block_content(v, layout)
-    else:  # all of this in one kernel, where there is one; it knows one mean a block, and norms over the heads it sees
+    else:  # all of this in one kernel, where there is one; it knows one mean a block, and wants all heads of all rows
       unfinished = block.self_attn.unfinished(h[:, 0])
       m, q, q_pooled, content = kv.write_projections(model, cfg, m, unfinished, [x[0] for x in turn], layer)
     if cfg.selects or layout.blocks > layout.full_blocks:
@@ -83,21 +83,26 @@ def cached_attention(model: ModelConfig, cfg: MemoryConfig, commit: bool, prefix
       with jax.named_scope("memory"):
         score = kv.resident_scores(model, cfg, m, block.log_importance, content, q_pooled)
       update = kv.Commit(*((k, v) if slots is None else (None, None)), own, score)
-    out = _projected(layout, block, out, h.shape[-2])[:, None]
+    if shares_tokens():
+      out = block.self_attn.out(by_tokens(_tokens(layout, out), h.shape[-2]))[:, None]
+    else:
+      out = _projected(layout, block, out)[:, None]
     return out, slots and kv.closed(model, cfg, slots, m, index, commit), (read, update)
 
   return attend
 
 
-def _projected(layout: BlockLayout, block, x: Float[Array, "*B S N H"], rows: int) -> Float[Array, "*B T D"]:
-  """`Attention.out` of rows in slots, as tokens: taken out of their slots first where that moves none.
-
-  rows: a device's own, where devices share a chunk's.
-  """
-  if layout.valid < BLOCK and not shares_tokens():
+def _projected(layout: BlockLayout, block, x: Float[Array, "*B S N H"]) -> Float[Array, "*B T D"]:
+  """`Attention.out` of rows in slots, as tokens: taken out of their slots first where that moves none."""
+  if layout.valid < BLOCK:
     return layout.unpack(block.self_attn.out(x))
+  return block.self_attn.out(_tokens(layout, x))
+
+
+def _tokens(layout: BlockLayout, x: Float[Array, "*B S N H"]) -> Float[Array, "*B T N H"]:
+  """`BlockLayout.unpack` of heads."""
   tokens = layout.unpack(x.reshape(*x.shape[:-2], -1))
-  return block.self_attn.out(by_tokens(tokens.reshape(*tokens.shape[:-1], *x.shape[-2:]), rows))
+  return tokens.reshape(*tokens.shape[:-1], *x.shape[-2:])
 
 
 class Read(NamedTuple):
@@ -209,7 +214,7 @@ def replayed_attention(
     rows = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, heads, -1, *x.shape[4:])
     holes = dict(kv_valid=layout.valid, kv_short=layout.short_blocks(cfg.window + 2 * n, c))
     out = pbsa(flat(q), jnp.concatenate(keys, 1), jnp.concatenate(values, 1), rows(ids), rows(counts), **holes)
-    out = _projected(layout, block, out.reshape(q.shape), layout.tokens)
+    out = _projected(layout, block, out.reshape(q.shape))
     return out, carry, None
 
   return attend
@@ -282,7 +287,7 @@ def parallel_attention(model: ModelConfig, cfg: MemoryConfig, chunks: int, later
       keys = jnp.concatenate([keys, turn_forward(gather(keys), delta)], 1)
       values = jnp.concatenate([values, gather(values)], 1)
     out = pbsa(flat(q), keys, values, own(plan.ids), own(plan.counts), **holes)
-    out = _projected(layout, block, out.reshape(b, streams, layout.slots, heads, dim), layout.tokens)
+    out = _projected(layout, block, out.reshape(b, streams, layout.slots, heads, dim))
     return out, carry, plan._replace(importance_loss=loss)
 
   return attend

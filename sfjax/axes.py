@@ -2,10 +2,11 @@
 (the chunks of a clip) and, where a video is sampled, "tokens" (the rows of a chunk, and of the memory the heads).
 
 A program that runs on a mesh is each device's own (`jax.shard_map`): it sees a part of the batch ("data", "fsdp") and of every
-layer ("tensor"), whole arrays to it and to its kernels, and the functions below join what devices along "tensor" or "context"
-have. Outside of such a program, and where that axis is one device, they do nothing.
+layer ("tensor"), whole arrays to it and to its kernels, and the functions below join what devices along "tensor", "context"
+or "tokens" have. Outside of such a program, and where that axis is one device, they do nothing.
 
-A device's loss counts once on each device along these two axes, and so does its gradient: means over all are the true ones.
+A device's loss counts once on each device along "tensor" and "context", and so does its gradient: means over all are the true
+ones.
 """
 
 import re
@@ -96,9 +97,15 @@ def all_heads(x: jax.Array, axis: int) -> jax.Array:
 
 def own_heads(fn: Callable[[int], jax.Array], heads: int, axis: int) -> jax.Array:
   """A device's heads of fn(all heads), where its memory has so many along that axis."""
-  x = fn(heads * _parts(_of_heads()))
-  if x.shape[axis] == heads:
-    return x
+  return _part(fn(heads * _parts(_of_heads())), heads, axis) if splits_heads() else fn(heads)
+
+
+def heads_of_memory(x: jax.Array, axis: int) -> jax.Array:
+  """Of a layer's heads along that axis those that the device's memory has: along "tensor" its layer has no others."""
+  return _part(x, count_of_heads(x.shape[axis]), axis) if shares_tokens() else x
+
+
+def _part(x: jax.Array, heads: int, axis: int) -> jax.Array:
   return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(_of_heads()) * heads, heads, axis)
 
 

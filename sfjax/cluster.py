@@ -1,8 +1,8 @@
 """Devices of one or several hosts: joining them, one mesh over all, and where arrays lie on it.
 
-A batch is split over "data" and "fsdp", a clip's chunks over "context", a layer over "tensor" (`sfjax.axes`). The training
-state is split over "fsdp" and "tensor" and repeated along the others: a step gathers weights along "fsdp" before it uses
-them, and every device updates its own part of them and of the optimiser's state.
+A batch is split over "data" and "fsdp", a clip's chunks over "context", a layer over "tensor" (`sfjax.axes`); sampling's mesh
+has "tokens" alone. The training state is split over "fsdp" and "tensor" and repeated along the others: a step gathers weights
+along "fsdp" before it uses them, and every device updates its own part of them and of the optimiser's state.
 """
 
 import atexit
@@ -122,18 +122,30 @@ def tokens_mesh(devices: int, model: ModelConfig) -> Mesh | None:
   """This host's first devices, which share the tokens of every chunk and the heads of its memory; None for one device.
 
   Raises:
-    UserError: there are fewer, the model's heads do not divide, or a tile does not span a chunk's frames.
+    UserError: there are fewer, or see `check_tokens`.
   """
   here = jax.local_devices()
   if not 1 <= devices <= len(here):
     raise UserError(f"--devices: {devices}; this machine has {len(here)}")
+  check_tokens(devices, model)
+  return Mesh(np.array(here[:devices]), ("tokens",)) if devices > 1 else None  # the first one also decodes
+
+
+def check_tokens(devices: int, model: ModelConfig) -> None:
+  """Raises UserError: the model's heads do not divide, or a tile does not span a chunk's frames."""
   if model.heads % devices:
     raise UserError(f"--devices: {devices} does not divide the model's {model.heads} heads")
   if devices > 1 and model.tile[0] != model.chunk_frames:
-    raise UserError(
-      f"--devices: {devices}; a tile of {model.tile[0]} frames, not a chunk's {model.chunk_frames}, wants 1"
-    )
-  return Mesh(np.array(here[:devices]), ("tokens",)) if devices > 1 else None  # the first one also decodes
+    spans = f"the model's tiles span {model.tile[0]} of a chunk's {model.chunk_frames} frames"
+    raise UserError(f"--devices: {devices}; {spans}, which wants 1")
+
+
+def device_beside(taken: int) -> jax.Device:
+  """This host's device behind those that share a chunk's tokens. Raises UserError: there is none."""
+  here = jax.local_devices()
+  if len(here) <= taken:
+    raise UserError(f"--decode_apart: wants a device beside the {taken} of --devices; this machine has {len(here)}")
+  return here[taken]
 
 
 def splits(model: ModelConfig, tensor: int) -> bool:

@@ -1,6 +1,7 @@
 """What sampling holds on the device, in bytes, from shapes alone: python -m sfjax.ledger --config FILE | --checkpoint DIR.
 
-With --training, what a step of distillation takes on each of --devices N: see `training_ledger`.
+With --devices N, on the first of those that sample one video together, and with --decode_apart on the one that decodes. With
+--training, what a step of distillation takes on each of --devices N: see `training_ledger`.
 
 `predict` and `measure` give the same rows: the one makes no array, so that a laptop answers for the 14B model in seconds, the
 other adds up the arrays of a run. run.json and `benchmarks.realtime` set them side by side. Not counted, as no shape tells it:
@@ -10,7 +11,6 @@ what XLA's compiled programs need meanwhile (`Stream.workspace` says it after a 
 import argparse
 import dataclasses
 import functools
-import math
 import pathlib
 import sys
 from typing import Any
@@ -27,12 +27,13 @@ from sfjax.memory import KVMemory, init_memory, slots_of, split
 from sfjax.model import ModelConfig
 from sfjax.parts import Around, Parts, around
 from sfjax.routing import MemoryConfig
-from sfjax.sampling import ATTENTION, attention_preset
+from sfjax.sampling import ATTENTION, Stream, attention_preset
 from sfjax.text import WordEncoder
 from sfjax.tiny_vae import TinyVAE
 from sfjax.umt5 import abstract_umt5
 from sfjax.wan_vae import WanVAE
 
+_CODEC = "vae", "tiny_decoder", "codec_state"
 ROWS = {
   "dit": "DiT",
   "vae": "VAE, encoder and decoder",
@@ -83,12 +84,6 @@ def abstract_memory(config: Config, batch: int, devices: int = 1, axis: str = "t
   return jax.tree.map(lambda spec, x: jax.tree.map(lambda x: own(x, spec), x), split(axis), memory)
 
 
-def shard_bytes(mesh: AbstractMesh, tree) -> int:
-  """A device's part of parameters' or a training state's shapes."""
-  of = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
-  return sum(jax.tree.leaves(jax.tree.map(of, tree, cluster.shardings(mesh, tree))))
-
-
 @functools.cache
 def abstract_weights(model: ModelConfig, sizes: Around) -> dict[str, Any]:
   """Shapes of the weights by part, all that there are."""
@@ -104,12 +99,12 @@ def abstract_weights(model: ModelConfig, sizes: Around) -> dict[str, Any]:
   return found
 
 
-def in_flight(config: Config, codec, batch: int) -> int:
-  """While the caller has one chunk, the device makes the next: of each the latents given, those made, and the pixels."""
+def in_flight(config: Config, codec, batch: int) -> tuple[int, int]:
+  """While the caller has one chunk, the device makes the next: of each the latents, given or made, and the pixels."""
   frames, (h, w) = config.model.chunk_frames, config.model.latent_size
   latents = frames * h * w * config.model.latent_channels * 4
   pixels = frames * codec.time * h * w * codec.space**2 * 3
-  return 2 * batch * (2 * latents + pixels)
+  return 2 * batch * latents, 2 * batch * pixels
 
 
 def predict(
@@ -119,22 +114,30 @@ def predict(
 
   Args:
     config, sizes: as `around` or a loaded folder's `Parts` have them. batch: videos made together.
-    devices: that share the tokens of every chunk, and the heads of its memory.
+    devices: that share the tokens of every chunk, and the heads of its memory, which they divide.
     decode_apart: whether another than these has the codec.
   """
   stays = lambda name: name != "text" or isinstance(sizes.text, WordEncoder)  # else it is gone before sampling begins
   weights = {name: x for name, x in abstract_weights(config.model, sizes).items() if stays(name)}
-  state = ()
+  state, (latents, pixels) = (), in_flight(config, sizes.codec, batch)
   if sizes.vae:
     state = jax.eval_shape(lambda: sizes.codec.init_decoder_state(batch, *config.model.latent_size))
   rows = {name: tree_bytes(x) for name, x in weights.items()}
   rows |= memory_rows(config.memory, abstract_memory(config, batch, devices))
-  rows |= {"codec_state": tree_bytes(state), "in_flight": in_flight(config, sizes.codec, batch)}
-  return total(_without_codec(rows) if decode_apart else rows)
+  rows |= {"codec_state": tree_bytes(state), "in_flight": 2 * latents + (0 if decode_apart else pixels)}
+  return total(_of_codec(rows, False) if decode_apart else rows)
 
 
-def _without_codec(rows: dict[str, int]) -> dict[str, int]:
-  return {name: n for name, n in rows.items() if name not in ("vae", "tiny_decoder", "codec_state")}
+def predict_decoder(config: Config, sizes: Around, batch: int = 1) -> dict[str, int]:
+  """What a device of its own for the codec holds."""
+  return total(
+    _of_codec(predict(config, sizes, batch), True) | {"in_flight": sum(in_flight(config, sizes.codec, batch))}
+  )
+
+
+def _of_codec(rows: dict[str, int], of: bool) -> dict[str, int]:
+  """The codec's rows, or all others."""
+  return {name: n for name, n in rows.items() if name != "total" and (name in _CODEC) == of}
 
 
 def predict_embedding(config: Config, sizes: Around) -> dict[str, int]:
@@ -149,10 +152,33 @@ def measure(parts: Parts, cfg: MemoryConfig, memory: KVMemory, decoded) -> dict[
     memory, decoded: what a `Stream` holds after its last frame.
   """
   first = lambda tree: jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
-  weights, memory = first({"dit": parts.dit} | parts.others), first(memory)
+  others = {} if parts.decoder and parts.around.vae else parts.others
+  weights, memory = first({"dit": parts.dit} | others), first(memory)
   rows = {name: tree_bytes(x) for name, x in weights.items()} | memory_rows(cfg, memory)
-  rows |= {"codec_state": tree_bytes(decoded)}
-  return total(_without_codec(rows) if parts.decoder else rows)
+  return total(rows if parts.decoder else rows | {"codec_state": tree_bytes(decoded)})
+
+
+def measure_decoder(parts: Parts, decoded) -> dict[str, int]:
+  """The same of a device of its own for the codec."""
+  rows = {name: tree_bytes(x) for name, x in parts.others.items()} | {"codec_state": tree_bytes(decoded)}
+  return total(_of_codec(rows, True))
+
+
+def told(parts: Parts, config: Config, stream: Stream, batch: int = 1) -> dict[str, dict]:
+  """Predicted and measured rows of the first device after a stream's last frame, and its programs' workspace; where another
+  decodes, its own as "decoder"."""
+  apart, devices = parts.decoder is not None, parts.mesh.size if parts.mesh else 1
+  workspace = stream.workspace()
+  of = lambda decodes: {name: n for name, n in workspace.items() if not apart or name.startswith("decode") == decodes}
+  found = {
+    "predicted": predict(config, parts.around, batch, devices, apart),
+    "measured": measure(parts, config.memory, stream.memory, stream.decoded),
+    "workspace": of(False),
+  }
+  if apart:
+    rows = predict_decoder(config, parts.around, batch), measure_decoder(parts, stream.decoded)
+    found["decoder"] = {"predicted": rows[0], "measured": rows[1], "workspace": of(True)}
+  return found
 
 
 def chunks_of(config: Config, seconds: float) -> int:
@@ -188,9 +214,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
   )
   sampling.add_argument("--seconds", type=float, help="of video, for --attention full")
   sampling.add_argument("--batch", type=int, help="videos made together, default 1")
+  sampling.add_argument("--decode_apart", action="store_true", default=None, help="another device has the codec")
+  p.add_argument(
+    "--devices",
+    type=int,
+    help="that sample one video; or of a run, over --config.train.fsdp of which its state is split",
+  )
   training = p.add_argument_group("training")
   training.add_argument("--training", action="store_true", help="a step of distillation in place of sampling")
-  training.add_argument("--devices", type=int, help="of the run, over --config.train.fsdp of which its state is split")
   training.add_argument(
     "--teacher", metavar="FILE[:VARIANT]", help="default: config.distill.teacher, or the student's sizes"
   )
@@ -198,7 +229,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     "--critic", metavar="FILE[:VARIANT]", help="default: config.distill.critic, or the teacher's sizes"
   )
   a = p.parse_args(rest)
-  strange = ("attention", "seconds", "batch") if a.training else ("devices", "teacher", "critic")
+  strange = ("attention", "seconds", "batch", "decode_apart") if a.training else ("teacher", "critic")
   for name in strange:
     if getattr(a, name) is not None:
       raise UserError(f"--{name}: {getattr(a, name)}; wanted {'without' if a.training else 'with'} --training alone")
@@ -244,8 +275,12 @@ def main(argv: list[str]) -> None:
   chunks = chunks_of(config, a.seconds or 0)
   config = dataclasses.replace(config, memory=memory_for(config, a.attention, chunks))
   memory = f"a window of {config.memory.window} chunks, {config.memory.persistent} persistent blocks"
-  print(f"{a.checkpoint or a.config}: {memory}, {config.model.dtype}\n\nwhile {a.batch} video(s) are made:\n")
-  print(table(predict(config, sizes, a.batch)))
+  cluster.check_tokens(a.devices, config.model)
+  first = f", on the first of {a.devices} devices" if a.devices > 1 else ""
+  print(f"{a.checkpoint or a.config}: {memory}, {config.model.dtype}\n\nwhile {a.batch} video(s) are made{first}:\n")
+  print(table(predict(config, sizes, a.batch, a.devices, bool(a.decode_apart))))
+  if a.decode_apart:
+    print(f"\non the one that decodes:\n\n{table(predict_decoder(config, sizes, a.batch))}")
   if sizes.text and not isinstance(sizes.text, WordEncoder):
     print("\nbefore, while new prompts are embedded:\n")
     print(table(predict_embedding(config, sizes)))

@@ -3,7 +3,8 @@
 Modules hold parameters only; memory goes in and comes out as an argument. A layer's attention is passed in as a function,
 so that the cached rollout and the parallel training form run the same block.
 
-Letters: B batch, G chunks side by side, F latent frames of a chunk, T tokens of a chunk in tile order, N heads, H head dim,
+Letters: B batch, G chunks side by side, F latent frames of a chunk, T tokens of a chunk in tile order (a device's rows of them,
+where devices share a chunk), N heads, H head dim,
 D width, L layers, M text rows, E text width.
 """
 
@@ -21,7 +22,7 @@ from pallas_kernels.add_norm import Term, add, add_norm, norm
 from pallas_kernels.few_keys import few_keys
 from pallas_kernels.gelu_linear import gelu_linear
 from sfjax import float8
-from sfjax.axes import all_tokens, mean, own_heads, own_tokens, total
+from sfjax.axes import all_tokens, heads_of_memory, mean, own_tokens, total
 from sfjax.errors import check
 from sfjax.rope import phase, rope_angles, rotate
 from sfjax.tiles import BlockLayout
@@ -275,9 +276,8 @@ class Block(nnx.Module):
   def log_importance(self, content: Float[Array, "B K N H"]) -> Float[Array, "B N K"]:
     """Predicted log of the largest attention a block will get later; its mean values are constants to it."""
     x = jax.lax.stop_gradient(content).astype(jnp.float32)
-    own = lambda a: own_heads(lambda _: a[...], x.shape[2], 0)
-    y = jnp.einsum("bknh,nh->bnk", x, own(self.importance_kernel), precision="highest")
-    return y + own(self.importance_bias)[:, None]
+    kernel, bias = (heads_of_memory(a[...], 0) for a in (self.importance_kernel, self.importance_bias))
+    return jnp.einsum("bknh,nh->bnk", x, kernel, precision="highest") + bias[:, None]
 
   def __call__(self, x, e0, turn, text_kv, attend):
     """x [B,G,T,D]; e0 [B,G,F,6,D]; turn (cos, sin) [G,T,H/2]; text_kv: a layer's; attend(block, x, turn) -> (what `out`

@@ -333,8 +333,11 @@ def _streaming(config: Config, codec, pixels, device: jax.Device | None = None) 
     return state, to_uint8(out)
 
   def start(batch):
+    empty = functools.partial(codec.init_decoder_state, batch, *config.model.latent_size)
+    if device is None:
+      return empty()
     with jax.default_device(device):  # it is large: nowhere else first
-      return jax.device_put(codec.init_decoder_state(batch, *config.model.latent_size), device)
+      return jax.device_put(empty(), device)
 
   return {
     "start": start,
@@ -356,11 +359,13 @@ def with_tiny_decoder(parts: Parts, file) -> Parts:
   codec = sizes.codec
   try:
     weights = {name: stored.read() for name, stored in open_tensors(file).items()}
-    params = jax.device_put(from_official(codec.config, weights, str(file)))
+    params = jax.device_put(from_official(codec.config, weights, str(file)), parts.decoder)
   except UserError as e:
     raise UserError(f"--tiny_decoder: {e}") from e
   others = parts.others | {"tiny_decoder": params}
-  return dataclasses.replace(parts, around=sizes, others=others, **_streaming(parts.config, codec, params))
+  return dataclasses.replace(
+    parts, around=sizes, others=others, **_streaming(parts.config, codec, params, parts.decoder)
+  )
 
 
 def with_decoder_apart(parts: Parts) -> Parts:
@@ -369,10 +374,8 @@ def with_decoder_apart(parts: Parts) -> Parts:
   Raises:
     UserError: this machine has no further device.
   """
-  here, taken = jax.local_devices(), parts.mesh.size if parts.mesh else 1
-  if len(here) <= taken:
-    raise UserError(f"--decode_apart: wants a device beside the {taken} of --devices; this machine has {len(here)}")
-  device, codec, config = here[taken], parts.codec, parts.config
+  device = cluster.device_beside(parts.mesh.size if parts.mesh else 1)
+  codec, config = parts.codec, parts.config
   if isinstance(codec, DigitsCodec):  # no weights, no state
     return dataclasses.replace(parts, decoder=device)
   others = {name: jax.device_put(x, device) for name, x in parts.others.items()}

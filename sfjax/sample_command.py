@@ -198,11 +198,7 @@ def run(argv: list[str]) -> None:
     decode_apart=a.decode_apart,
     videos=videos,
     kv_bytes={"predicted": sampler.kv_bytes, "measured": held_bytes(memory)},
-    device_bytes={
-      "predicted": ledger.predict(sampler.config, sampler.parts.around, 1, a.devices, a.decode_apart),
-      "measured": ledger.measure(sampler.parts, sampler.config.memory, memory, stream.decoded),
-      "workspace": stream.workspace(),
-    },
+    device_bytes=ledger.told(sampler.parts, sampler.config, stream),
     peak_memory=peak_memory(),
     seconds_total=round(time.perf_counter() - began, 2),
   )

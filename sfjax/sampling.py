@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from sfjax import rollout
+from sfjax import cluster, rollout
 from sfjax.config import Config
 from sfjax.errors import UserError
 from sfjax.memory import KVMemory, memory_bytes
@@ -55,7 +55,8 @@ class Sampler:
       `ModelConfig`. overrides: of the config's sampler, as steps=4. None leaves each of these as it is.
 
   Raises:
-    UserError: the folder is absent, damaged or of another config, an argument is not accepted, or see `cluster.tokens_mesh`.
+    UserError: the folder is absent, damaged or of another config, an argument is not accepted, or see `cluster.tokens_mesh`
+      and `cluster.device_beside`.
   """
 
   def __init__(
@@ -69,6 +70,8 @@ class Sampler:
     linear=None,
     **overrides,
   ):
+    if decode_apart and not isinstance(model, Parts):
+      cluster.device_beside(devices)  # before all is loaded
     self.parts = model if isinstance(model, Parts) else load_parts(model, devices)
     if tiny_decoder:
       self.parts = with_tiny_decoder(self.parts, tiny_decoder)
@@ -157,8 +160,9 @@ class Stream:
   Attributes:
     memory, decoded: the memory and the codec's state; whole once all frames were taken.
     seconds: for every generated chunk, the time until its latents were there, and until its pixels were on the host, each
-      since the chunk was begun or since the chunk before had got as far, whichever is later; latents wait for the pixels of
-      the chunk before where one device makes both.
+      since the chunk was begun or since the chunk before had got as far, whichever is later; latents begin when the pixels of
+      the chunk before are there where one device makes both, else when its latents are. At most two chunks are on their way,
+      so where a device of its own decodes and is the slower one, both tell its time.
   """
 
   def __init__(self, sampler: Sampler, memory, decoded, frames, key, samples, given, schedule):
@@ -230,12 +234,13 @@ class Stream:
       latents, self.memory = programs.chunk(dit, self.memory, self._key, self._samples, known, is_known)
       if programs.mesh:
         latents = latents.addressable_data(0)  # all have them
-      latents = jax.device_put(latents, sampler.parts.decoder)
-      self._asked = (*before, _like(latents))
-      self._firsts.add(chunk == 0)
     else:
       latents = jnp.asarray(part)
       self.memory = programs.append(dit, self.memory, latents)
+    latents = jax.device_put(latents, sampler.parts.decoder)
+    if generated:
+      self._asked = (*before, _like(latents))
+      self._firsts.add(chunk == 0)
     self.decoded, pixels = sampler.parts.decode(self.decoded, latents, chunk == 0)
     return began, latents, pixels, generated
 

@@ -20,9 +20,16 @@ from sfjax.codec import DigitsCodec
 from sfjax.config import OFFLOAD, Config, load_config, to_dataclass
 from sfjax.data.digits import frames_of_chunks
 from sfjax.errors import UserError
-from sfjax.ledger import abstract_memory, shard_bytes, total, tree_bytes
+from sfjax.ledger import abstract_memory, total, tree_bytes
 from sfjax.model import ModelConfig
 from sfjax.parts import of_wan
+
+
+def shard_bytes(mesh: AbstractMesh, tree) -> int:
+  """A device's part of parameters' or a training state's shapes."""
+  of = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(jax.tree.leaves(jax.tree.map(of, tree, cluster.shardings(mesh, tree))))
+
 
 HELD = {
   "params": "student: weights",

@@ -112,6 +112,17 @@ def test_a_whole_history_a_batch_and_keys(capsys):
   assert slots(five) == slots(dense) and slots(ten) == 2 * slots(dense)  # 80 frames; 160 are 14 chunks
 
 
+def test_several_devices(capsys):
+  flags = ("--config", "configs/wan_1_3b.py")
+  one, _ = printed(capsys, *flags)
+  first, decodes, _ = printed(capsys, *flags, "--devices", 3, "--decode_apart")
+  assert 3 * slots(first) == slots(one) and first["DiT"] == one["DiT"]
+  assert decodes["the decoder's state"] == one["the decoder's state"] and first.keys() & decodes.keys() == {
+    "latents and pixels of two chunks",
+    "**total**",
+  }
+
+
 def test_a_model_folder(capsys, model_folder):
   (rows,) = printed(capsys, "--checkpoint", model_folder)
   sampler = Sampler(model_folder)

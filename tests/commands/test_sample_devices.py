@@ -35,7 +35,7 @@ def two_heads(config, tmp_path_factory):
 
 
 def on_two_devices(*flags):
-  """sample.py in a process of 4 devices."""
+  """sample.py in a process of 4 devices, two of which share the tokens."""
   env = os.environ | dict(JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
   line = [
     sys.executable,
@@ -44,25 +44,27 @@ def on_two_devices(*flags):
     "sample.py",
     "--devices",
     "2",
-    "--decode_apart",
     *map(str, flags),
   ]
   return subprocess.run(line, env=env, capture_output=True, text=True)
 
 
-def test_a_video_goes_on_on_two_devices_as_on_one(two_heads, tmp_path):
+@pytest.mark.parametrize("apart", [[], ["--decode_apart"]])
+def test_a_video_goes_on_on_two_devices_as_on_one(two_heads, tmp_path, apart):
   """A state of one device, and from it a stretch under two prompts; the states after it are compared."""
   of = lambda name: ("--checkpoint", two_heads, "--out", tmp_path / "out", *FLAGS, tmp_path / name)
   sample.main([*map(str, (*of("begun"), "--prompt", "a red 3"))])
   more = ("--continue_state", tmp_path / "begun", "--prompt_schedule", "0: a red 3; 0.8: a blue 7")
   sample.main([*map(str, (*of("one"), *more))])
-  run = on_two_devices(*of("two"), *more)
+  run = on_two_devices(*of("two"), *more, *apart)
   assert run.returncode == 0, run.stderr[-2000:]
   held = json.loads((tmp_path / "out" / "run.json").read_text())["device_bytes"]
   assert {name: held["predicted"][name] for name in held["measured"] if name != "total"} == {
     name: n for name, n in held["measured"].items() if name != "total"
   }  # by each of the two
-  assert "persistent" in held["measured"] and "codec_state" not in held["measured"]
+  assert "persistent" in held["measured"]
+  assert held["workspace"].keys() == ({"chunk"} if apart else {"chunk", "decode"})
+  assert ("decoder" in held) == ("codec_state" not in held["measured"]) == bool(apart)
   want, got = load_arrays(tmp_path / "one"), load_arrays(tmp_path / "two")
   assert want.keys() == got.keys() and {"k", "v", "pooled", "score", "cross_k", "made"} < want.keys()
   for name, x in want.items():
@@ -82,6 +84,8 @@ def test_what_is_refused(two_heads, monkeypatch):
     Sampler(two_heads, devices=3)
   with pytest.raises(UserError, match="--decode_apart: wants a device beside the 4 of --devices; this machine has 4"):
     with_decoder_apart(types.SimpleNamespace(mesh=types.SimpleNamespace(size=4)))
+  with pytest.raises(UserError, match="--decode_apart: wants a device beside the 4 of --devices"):
+    Sampler("no folder is read", devices=4, decode_apart=True)
   flat = dataclasses.replace(ModelConfig.digits(), tile=(1, 4, 4))
-  with pytest.raises(UserError, match="--devices: 3; a tile of 1 frames, not a chunk's 3, wants 1"):
+  with pytest.raises(UserError, match="--devices: 3; the model's tiles span 1 of a chunk's 3 frames, which wants 1"):
     cluster.tokens_mesh(3, flat)

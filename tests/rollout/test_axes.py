@@ -70,12 +70,12 @@ def test_sampling_a_chunk(config, slots):
 def test_the_gradient_of_a_clip(config):
   """Two chunks under teacher forcing: their clean and noisy tokens side by side, three chunks' of them."""
   mesh, model, stage = AbstractMesh((1, 2, 1, 2), axes.AXES), config.model, Stage(1.0, chunks=2, batch=2)
-  weights, key = axes.split(rollout.abstract_params(model)), jax.random.key(0)
+  weights, keys = axes.split(rollout.abstract_params(model)), jax.random.split(jax.random.key(0), 1)
 
   def gradient(params, x, text):
     def loss(params):
       level = jnp.full(x.shape[:3], 0.5)
-      clip = config, stage, {"dit": params}, x[:, :1], 0 * level[:, :1], x, level, text, key
+      clip = config, stage, {"dit": params}, x[:, :1], 0 * level[:, :1], x, level, text, keys
       return (objective.teacher_forced(*clip)[0] ** 2).mean()
 
     return axes.mean_gradient(jax.grad(loss)(params))

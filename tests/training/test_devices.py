@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from sfjax import axes, captions, cluster, rollout, routing, self_forcing, teacher_forcing, training
+from sfjax import axes, captions, cluster, float8, rollout, routing, self_forcing, teacher_forcing, training
 from sfjax.axes import AXES
 from sfjax.checkpoint import load_arrays, named
 from sfjax.config import Config, Stage, load_config, to_dataclass
@@ -104,17 +104,20 @@ def routed():
   return [{f"{name} {i}": weighed(x) for name, of in found.items() for i, x in enumerate(of[j])} for j in range(2)]
 
 
-def sampled(batch=1, **memory):
+def sampled(batch=1, linear="dtype", **memory):
   """How far four chunks of four devices and the memory after them are from one device's: relative L2 of every array.
 
-  A chunk's 36 tokens of each frame are 6 groups of 24 rows in all: of four devices the last has none.
+  A chunk's 108 tokens are 5 groups of 24 rows: of four devices the last has none. The first latent of each chunk is known.
   """
   model = tiny(latent_size=(12, 12), tile=(3, 2, 2), block_tokens=16, heads=4, importance_head=True)
   cfg = MemoryConfig(**dict(window=2, persistent=5, top_k=0.5, rope_cap=4) | memory)
   sampler = SamplerConfig(steps=2, shift=5.0, guidance=3.0)
   params, draw = random_params(model, 3), lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
   frames = draw(1, batch, 3, *model.latent_size, model.latent_channels)
-  given = jax.random.key(2), jnp.arange(batch), 0 * frames, jnp.zeros(3, bool)
+  if linear == "float8":
+    rounded = dataclasses.replace(model, linear=linear)
+    model, params = rounded, float8.quantised(params, rollout.abstract_params(rounded))
+  given = jax.random.key(2), jnp.arange(batch), frames, jnp.arange(3) < 1
 
   def made(devices):
     programs = rollout.Compiled(model, cfg, sampler, cluster.tokens_mesh(devices, model))
@@ -210,7 +213,12 @@ def test_eight_devices_train_as_one_does(call, least, request):
 
 
 @pytest.mark.parametrize(
-  "memory", ["importance='learned', sharing='layer', novelty=4.0, batch=2", "importance='random'", "slots='float8'"]
+  "memory",
+  [
+    "importance='learned', sharing='layer', novelty=4.0, batch=2",
+    "importance='random'",
+    "slots='float8', linear='float8'",
+  ],
 )
 def test_devices_sample_as_one_does(memory):
   found = on_eight_devices(f"sampled({memory})")

@@ -27,10 +27,8 @@ def made(devices, apart):
   sampler = Sampler(parts, steps=1)
   stream = sampler.stream(sampler.start(["x"], 0), 40, 0, [0], prefix=video)
   pixels = np.concatenate(list(stream), 1).astype(int)
-  predicted = ledger.predict(sampler.config, parts.around, 1, devices, apart)
-  measured = ledger.measure(parts, sampler.config.memory, stream.memory, stream.decoded)
   devices = {"codec": on((stream.decoded, parts.others)), "model": on((stream.memory, parts.dit))}
-  return pixels, dict(predicted=predicted, measured=measured, chunks=len(stream.seconds), **devices)
+  return pixels, ledger.told(parts, sampler.config, stream) | devices | {"chunks": len(stream.seconds)}
 
 want, _ = made(1, False)
 got, told = made(2, True)
@@ -48,6 +46,15 @@ def test_a_device_of_its_own_decodes():
   assert told["chunks"] == 3  # 13 of 16 frames were given: a chunk and a latent
   assert told["error"] <= 1  # devices share the tokens: another order of sums
   assert told["codec"] == [2] and told["model"] == [0, 1]
-  predicted, measured = told["predicted"], told["measured"]
-  assert predicted["total"] == measured["total"] + predicted["in_flight"] and measured["window"] > 0
-  assert not {"vae", "codec_state"} & {*predicted, *measured}
+  latents, pixels = 3 * 8 * 12 * 16 * 4, 12 * 64 * 96 * 3
+  for of, rows, more in (
+    (told, {"dit", "window"}, 4 * latents),
+    (told["decoder"], {"vae", "codec_state"}, 2 * (latents + pixels)),
+  ):
+    predicted, measured = of["predicted"], of["measured"]
+    assert predicted["in_flight"] == more == predicted["total"] - measured["total"]
+    assert all(measured[name] > 0 for name in rows)
+  assert (
+    not {"vae", "codec_state"} & {*told["predicted"], *told["measured"]} and "dit" not in told["decoder"]["measured"]
+  )
+  assert told["workspace"].keys() == {"chunk"} and told["decoder"]["workspace"].keys() == {"decode"}
