@@ -27,7 +27,6 @@ from sfjax.data.loader import PromptFile, Prompts, Source
 from sfjax.errors import Parser, UserError, check_seed, command
 from sfjax.flow import SamplerConfig, to_x0
 from sfjax.latents import fitting
-from sfjax.memory import row_keys
 from sfjax.objective import teacher_forced
 from sfjax.parts import load_model, of_wan
 from sfjax.runlog import keep_programs
