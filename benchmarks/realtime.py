@@ -124,8 +124,9 @@ def fitting(parts: Parts, attention: str, chunks: int, spare: int, streams: int 
 
 def predict(parts: Parts, memory: MemoryConfig, streams: int = 1) -> dict[str, int]:
   """The ledger's rows for that memory."""
+  devices = parts.mesh.size if parts.mesh else 1
   config, apart = dataclasses.replace(parts.config, memory=memory), parts.decoder is not None
-  return ledger.predict(config, parts.around, streams, parts.devices, apart)
+  return ledger.predict(config, parts.around, streams, devices, apart)
 
 
 def held_by(device: jax.Device) -> int:

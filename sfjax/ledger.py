@@ -152,10 +152,10 @@ def measure(parts: Parts, cfg: MemoryConfig, memory: KVMemory, decoded) -> dict[
     memory, decoded: what a `Stream` holds after its last frame.
   """
   first = lambda tree: jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
-  weights, memory = first({"dit": parts.dit} | parts.others), first(memory)
+  others = {} if parts.decoder and parts.around.vae else parts.others
+  weights, memory = first({"dit": parts.dit} | others), first(memory)
   rows = {name: tree_bytes(x) for name, x in weights.items()} | memory_rows(cfg, memory)
-  rows |= {"codec_state": tree_bytes(decoded)}
-  return total(_of_codec(rows, False) if parts.decoder else rows)
+  return total(rows if parts.decoder else rows | {"codec_state": tree_bytes(decoded)})
 
 
 def measure_decoder(parts: Parts, decoded) -> dict[str, int]:
@@ -167,10 +167,11 @@ def measure_decoder(parts: Parts, decoded) -> dict[str, int]:
 def told(parts: Parts, config: Config, stream: Stream, batch: int = 1) -> dict[str, dict]:
   """Predicted and measured rows of the first device after a stream's last frame, and its programs' workspace; where another
   decodes, its own as "decoder"."""
-  apart, workspace = parts.decoder is not None, stream.workspace()
+  apart, devices = parts.decoder is not None, parts.mesh.size if parts.mesh else 1
+  workspace = stream.workspace()
   of = lambda decodes: {name: n for name, n in workspace.items() if not apart or name.startswith("decode") == decodes}
   found = {
-    "predicted": predict(config, parts.around, batch, parts.devices, apart),
+    "predicted": predict(config, parts.around, batch, devices, apart),
     "measured": measure(parts, config.memory, stream.memory, stream.decoded),
     "workspace": of(False),
   }

@@ -106,14 +106,10 @@ class Commit(NamedTuple):
   score: Float[Array, "*L B N R"]
 
 
-def row_keys(key: Array, index: Int32[Array, " B"]) -> Array:
-  """A key for each row of a batch, by its place in the whole of it: what is drawn does not depend on the mesh."""
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-
-
-def seeded_rows(seed: int, rows: int) -> Array:
-  """`row_keys` of a memory that begins from a seed."""
-  return row_keys(jax.random.key(seed, impl="threefry2x32"), jnp.arange(rows))
+def row_keys(seed: int, rows: int) -> Array:
+  """Keys of a memory's rows."""
+  key = jax.random.key(seed, impl="threefry2x32")
+  return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
 
 
 def layer_rng(keys: Array, layers: int) -> Array:
@@ -131,7 +127,7 @@ def init_memory(
   float8 = cfg.slots == "float8"
   slots = jnp.zeros((layers, batch, blocks * BLOCK, heads, dim), E4M3 if float8 else jnp.dtype(model.dtype))
   scale = jnp.zeros((layers, batch, blocks, heads), jnp.float32) if float8 else None
-  keys = seeded_rows(0, batch) if keys is None else keys
+  keys = row_keys(0, batch) if keys is None else keys
   return KVMemory(
     k=slots,
     v=slots,

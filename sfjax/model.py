@@ -4,7 +4,8 @@ Modules hold parameters only; memory goes in and comes out as an argument. A lay
 so that the cached rollout and the parallel training form run the same block.
 
 Letters: B batch, G chunks side by side, F latent frames of a chunk, T tokens of a chunk in tile order (a device's rows of them,
-where devices share a chunk), N heads, H head dim, D width, L layers, M text rows, E text width.
+where devices share a chunk), N heads, H head dim,
+D width, L layers, M text rows, E text width.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ from sfjax.attention import parallel_attention
 from sfjax.axes import all_chunks, own_chunks, splits_chunks
 from sfjax.config import Config, Stage
 from sfjax.flow import TIMESTEPS, add_noise, flow_loss, shift_sigma
-from sfjax.memory import layer_rng, row_keys
+from sfjax.memory import layer_rng
 from sfjax.model import ModelConfig
 from sfjax.routing import MemoryConfig
 
@@ -24,6 +24,11 @@ from sfjax.routing import MemoryConfig
 def stage_memory(memory: MemoryConfig, stage: Stage, chunks: int) -> MemoryConfig:
   """The memory a stage trains with: the native one, or the whole clip, of so many chunks, as the window."""
   return memory.of_window(chunks) if stage.dense else memory
+
+
+def clip_keys(key: Array, index: Int32[Array, " B"]) -> Array:
+  """A key for each clip of a step's batch, by its place in the whole of it: what is drawn does not depend on the mesh."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
 def cut(model: ModelConfig, keys: Array, latents: Float[Array, "B T h w C"]) -> Float[Array, "B n F h w C"]:
@@ -94,7 +99,7 @@ def loss(
     The loss, and its parts as metrics.
   """
   model, train = config.model, config.train
-  draws = iter(jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 10))(row_keys(key, index)), 1, 0))
+  draws = iter(jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 10))(clip_keys(key, index)), 1, 0))
   draw = lambda kind, *shape: jax.vmap(lambda k: kind(k, shape))(next(draws))
   uniform = functools.partial(draw, jax.random.uniform)
 

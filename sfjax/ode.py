@@ -27,7 +27,7 @@ from sfjax.data.loader import PromptFile, Prompts, Source
 from sfjax.errors import Parser, UserError, check_seed, command
 from sfjax.flow import SamplerConfig, to_x0
 from sfjax.latents import fitting
-from sfjax.objective import teacher_forced
+from sfjax.objective import clip_keys, teacher_forced
 from sfjax.parts import load_model, of_wan
 from sfjax.runlog import keep_programs
 from sfjax.wan import CLIP, MANY_STEPS, NEGATIVE
@@ -87,7 +87,7 @@ def loss(config: Config, stage: Stage, params: dict, inputs, key: Array, index):
   states, text = inputs
   states = states.astype(jnp.float32).reshape(*states.shape[:2], stage.chunks, model.chunk_frames, *states.shape[3:])
   clean, levels = states[:, -1], jnp.asarray(config.sampler.sigmas[:-1])
-  keys = row_keys(key, index)
+  keys = clip_keys(key, index)
   level = jax.vmap(lambda k: jax.random.randint(k, (stage.chunks,), 0, len(levels)))(keys)
   noisy = jnp.take_along_axis(states, level[:, None, :, None, None, None, None], 1)[:, 0]
   sigma = jnp.broadcast_to(levels[level][..., None], noisy.shape[:3])
@@ -169,7 +169,7 @@ def main(argv: list[str]) -> None:
   def make(params, text, index):
     kv = functools.partial(captions.kv, model, params)
     shape = (model.chunk_frames, *model.latent_size, model.latent_channels)
-    noise = jax.vmap(lambda k: jax.random.normal(k, shape))(row_keys(jax.random.key(a.seed), index))
+    noise = jax.vmap(lambda k: jax.random.normal(k, shape))(clip_keys(jax.random.key(a.seed), index))
     denoise = distill.denoiser(model, params["dit"], kv(text.prompt), kv(text.null), sampler.guidance)
     return trajectory(denoise, sampler, noise, a.levels).astype(jnp.float16)
 

@@ -85,11 +85,6 @@ class Parts:
   mesh: Mesh | None = None
   decoder: jax.Device | None = None
 
-  @property
-  def devices(self) -> int:
-    """How many share the tokens of every chunk."""
-    return self.mesh.size if self.mesh else 1
-
 
 def load_parts(directory, devices: int = 1) -> Parts:
   """Reads a model folder, or a training run's newest step, for so many devices.
@@ -379,7 +374,7 @@ def with_decoder_apart(parts: Parts) -> Parts:
   Raises:
     UserError: this machine has no further device.
   """
-  device = cluster.device_beside(parts.devices)
+  device = cluster.device_beside(parts.mesh.size if parts.mesh else 1)
   codec, config = parts.codec, parts.config
   if isinstance(codec, DigitsCodec):  # no weights, no state
     return dataclasses.replace(parts, decoder=device)

@@ -68,7 +68,7 @@ def start(
 ) -> kv.KVMemory:
   """An empty memory for a batch of prompts. With null_text (guidance) the batch is doubled: prompts first."""
   prompts = prompt_kv(model, params, text, null_text)
-  return kv.init_memory(model, cfg, prompts, kv.seeded_rows(seed, prompts[0].shape[1]))
+  return kv.init_memory(model, cfg, prompts, kv.row_keys(seed, prompts[0].shape[1]))
 
 
 def text_kv(model: ModelConfig, params, text: Float[Array, "B M E"]):
@@ -426,7 +426,7 @@ class Compiled:
     """takes, returns: how what the program is given and what it returns are split on a mesh."""
     if self.mesh is None:
       return jax.jit(fn, **how)
-    own = on_devices(fn, self.mesh, takes, returns)
+    own = on_devices(fn, self.mesh, tuple(takes), returns)
     return jax.jit(own, out_shardings=jax.tree.map(lambda s: NamedSharding(self.mesh, s), returns), **how)
 
   @functools.cached_property
@@ -445,9 +445,9 @@ class Compiled:
   @functools.cached_property
   def start(self):
     """(params, text, seed, null_text) -> memory."""
-    return self._jit(functools.partial(start, self.model, self.memory), (_WHOLE,) * 4, _MEMORY)
+    return self._jit(functools.partial(start, self.model, self.memory), [_WHOLE] * 4, _MEMORY)
 
   @functools.cached_property
   def prompt(self):
     """(params, text, null_text) -> `prompt_kv`."""
-    return self._jit(functools.partial(prompt_kv, self.model), (_WHOLE,) * 3, _MEMORY.text_kv)
+    return self._jit(functools.partial(prompt_kv, self.model), [_WHOLE] * 3, _MEMORY.text_kv)

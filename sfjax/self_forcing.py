@@ -27,8 +27,9 @@ from sfjax.config import Config, Stage, to_dataclass
 from sfjax.data.digits import frames_of_chunks
 from sfjax.data.loader import Beginnings, PromptFile, Prompts, Source
 from sfjax.errors import UserError
-from sfjax.memory import init_memory, row_keys
+from sfjax.memory import init_memory
 from sfjax.model import ModelConfig
+from sfjax.objective import clip_keys
 from sfjax.optimizer import averaged, begun, matrices, only_finite, optimizer, skipped
 from sfjax.parts import load_model
 
@@ -189,7 +190,7 @@ def student_rollout(
   """`silent` chunks without gradient, then as many as the teacher judges: (latents [B,T,h,w,C], `rollout.Looks`)."""
   model, cfg, sampler = config.model, config.memory, config.sampler
   text_kv = captions.kv(model, params, prompt)
-  memory = init_memory(model, cfg, text_kv, row_keys(jax.random.fold_in(key, 2**31 - 1), samples))  # no clip's number
+  memory = init_memory(model, cfg, text_kv, clip_keys(jax.random.fold_in(key, 2**31 - 1), samples))  # no clip's number
   memory, fixed = jax.lax.stop_gradient((memory, params["dit"]))
   quiet, fixed = rollout.for_compute(model, fixed)
   beginning = start and start.encoded(model)
@@ -249,7 +250,7 @@ def student_loss(
   x, looks = student_rollout(config, params, text.prompt, play, index, silent, exit_step, start)
   real, fake = real_score(config, teacher, text), fake_score(config, critic, text)
   d = config.distill
-  value, metrics = distill.STUDENT_LOSSES[d.loss](row_keys(judge, index), x, real, fake, d.shift, d.levels)
+  value, metrics = distill.STUDENT_LOSSES[d.loss](clip_keys(judge, index), x, real, fake, d.shift, d.levels)
   aux = jnp.zeros(())
   if config.memory.importance == "learned":
     aux = rollout.head_loss(config.model, config.memory, params["dit"], looks)
@@ -291,7 +292,7 @@ def step(config: Config, stage: Stage, mesh: Mesh, state: dict, fixed: dict, bat
     return (jax.lax.pmean(metrics, AXES), mean_gradient(grads)), x
 
   def of_critic(critic, prompt, index, key, x):
-    of = lambda c: critic_loss(config, c, prompt, row_keys(key, index), x)
+    of = lambda c: critic_loss(config, c, prompt, clip_keys(key, index), x)
     loss, grads = jax.value_and_grad(of)(critic)
     return jax.lax.pmean(loss, AXES), mean_gradient(grads)
 

@@ -83,7 +83,7 @@ def test_what_is_refused(two_heads, monkeypatch):
   with pytest.raises(UserError, match="--devices: 3 does not divide the model's 2 heads"):
     Sampler(two_heads, devices=3)
   with pytest.raises(UserError, match="--decode_apart: wants a device beside the 4 of --devices; this machine has 4"):
-    with_decoder_apart(types.SimpleNamespace(devices=4))
+    with_decoder_apart(types.SimpleNamespace(mesh=types.SimpleNamespace(size=4)))
   with pytest.raises(UserError, match="--decode_apart: wants a device beside the 4 of --devices"):
     Sampler("no folder is read", devices=4, decode_apart=True)
   flat = dataclasses.replace(ModelConfig.digits(), tile=(1, 4, 4))

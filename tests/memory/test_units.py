@@ -270,7 +270,7 @@ def test_importance_is_the_sum_of_softmaxes_and_decays():
 
 
 def test_a_row_draws_its_random_importance_by_its_own_key():
-  cfg, keys = MemoryConfig(window=2, persistent=1, importance="random"), kv.seeded_rows(3, 2)
+  cfg, keys = MemoryConfig(window=2, persistent=1, importance="random"), kv.row_keys(3, 2)
   valid, chunk = jnp.ones((2, 2, 9), bool), jnp.int32(4)
   draw = lambda rows, chunk: np.asarray(
     importance(cfg, ODD, None, None, None, None, valid[rows], None, chunk, keys[rows])

@@ -36,6 +36,24 @@ STAGE = Stage(1.0, chunks=JUDGED + SILENT, batch=B)
 CAPTIONS = ["a red 3", "a blue 7 and a green 1"]
 
 
+def test_random_importance_is_drawn_by_step_and_place(monkeypatch):
+  class Enough(Exception):
+    pass
+
+  def record(model, cfg, text_kv, keys):
+    found.append(np.asarray(jax.random.key_data(keys)))
+    raise Enough
+
+  monkeypatch.setattr(self_forcing, "init_memory", record)
+  monkeypatch.setattr(self_forcing.captions, "kv", lambda *_: None)
+  found = []
+  for key, samples in ((0, [0, 1]), (0, [1]), (1, [0, 1])):
+    with pytest.raises(Enough):
+      self_forcing.student_rollout(make(""), {}, None, jax.random.key(key), jnp.array(samples), 0, 0)
+  np.testing.assert_array_equal(found[1][0], found[0][1])
+  assert len(np.unique(np.concatenate(found), axis=0)) == 4
+
+
 def make(folder, **distill):
   memory = MemoryConfig(window=1, persistent=3, top_k=0.5, importance="learned", rope_cap=4)
   sampler = SamplerConfig("few_step", steps=2, shift=5.0)
@@ -280,21 +298,3 @@ def test_a_teacher_that_does_not_fit(teacher, change, line):
 def test_what_does_not_fit_a_teacher(teacher, change, stage, line):
   with pytest.raises(UserError, match=line):
     self_forcing.source(dataclasses.replace(make(teacher), **change), stage)
-
-
-def test_random_importance_is_drawn_by_step_and_place(monkeypatch):
-  class Enough(Exception):
-    pass
-
-  def record(model, cfg, text_kv, keys):
-    found.append(np.asarray(jax.random.key_data(keys)))
-    raise Enough
-
-  monkeypatch.setattr(self_forcing, "init_memory", record)
-  monkeypatch.setattr(self_forcing.captions, "kv", lambda *_: None)
-  found = []
-  for key, samples in ((0, [0, 1]), (0, [1]), (1, [0, 1])):
-    with pytest.raises(Enough):
-      self_forcing.student_rollout(make(""), {}, None, jax.random.key(key), jnp.array(samples), 0, 0)
-  np.testing.assert_array_equal(found[1][0], found[0][1])
-  assert len(np.unique(np.concatenate(found), axis=0)) == 4

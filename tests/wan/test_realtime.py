@@ -86,7 +86,7 @@ def test_streams_are_made_together_with_the_samplers_options(tmp_path, capsys):
 def test_the_longest_that_fits(monkeypatch):
   config = to_dataclass(Config, load_config("configs/wan_1_3b.py"))
   sizes = around(config)[1]
-  parts = SimpleNamespace(config=config, around=sizes, codec=sizes.codec, devices=1, decoder=None)
+  parts = SimpleNamespace(config=config, around=sizes, codec=sizes.codec, mesh=None, decoder=None)
   total = lambda n: realtime.predict(parts, config.memory.of_window(n))["total"]
 
   def device(limit):
